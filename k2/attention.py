@@ -1,0 +1,146 @@
+"""Multi-head latent attention: keys and values of all heads are read out of one short vector per token.
+
+    paper       ours            checkpoint (model.layers.L.self_attn.)   K2's shape
+    W^DQ        q_a_proj        q_a_proj.weight                          [1536, 7168]
+    W^UQ, W^QR  q_b_proj        q_b_proj.weight                          [64 x (128 + 64), 1536]
+    W^DKV, W^KR kv_a_proj_...   kv_a_proj_with_mqa.weight                [512 + 64, 7168]
+    W^UK, W^UV  kv_b_proj       kv_b_proj.weight                         [64 x (128 + 128), 512]
+    W^O         o_proj          o_proj.weight                            [7168, 64 x 128]
+
+    T tokens in this call · S tokens attended to · D hidden · H heads · N no-position part of a head · R rotary part
+    A = N + R · V value width · Q query rank · C kv rank
+
+DeepSeek-V2, arXiv 2405.04434, section 2.1; K2 halves the heads to 64 (report, section 2.3). Two forms of the same
+mathematics: the expanded one builds every head's keys and values, cheapest when many tokens attend at once; the
+absorbed one moves kv_b_proj to the query's side and attends to the latents themselves, cheapest for a single token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import K2Config
+from .kv_cache import LayerCache
+from .norm import RMSNorm
+from .rope import rotate
+
+LATENT_EPS = 1e-6  # the latent norms' own constant, whatever rms_norm_eps says, as in DeepSeek's code and transformers
+
+
+
+def causal_mask(T: int, S: int, device):
+    """True where a query may look: the T queries are the last T of S positions, and none sees past its own. (T, S)."""
+    position_S = torch.arange(S, device=device)
+    return position_S <= position_S[S - T :, None]
+
+
+class ScaledDotProduct(nn.Module):
+    """softmax(scale q k^T + causal mask) v. A module without weights, so that training can watch q and k with a hook."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q_HTA, k_HSA, v_HSV):
+        """q (..., H, T, A), k (..., H, S, A), v (..., H, S, V) -> (..., H, T, V)."""
+        mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device)
+        # The fused kernels, which never hold all T x S scores, want values as wide as keys: zeros in, zeros cut off.
+        A, V = k_HSA.shape[-1], v_HSV.shape[-1]
+        padded_HSA = F.pad(v_HSV, (0, A - V))
+        # scale is given, since the default 1/sqrt(A) lacks YaRN's factor.
+        mixed_HTA = F.scaled_dot_product_attention(q_HTA, k_HSA, padded_HSA, attn_mask=mask_TS, scale=self.scale)
+        return mixed_HTA[..., :V]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """x (..., T, D) -> (..., T, D). With a cache the T tokens stand behind those that it holds, and are added to it."""
+
+    def __init__(self, config: K2Config):
+        super().__init__()
+        self.config = config
+        D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.add_query_projections(config)
+        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=False)
+        self.kv_a_layernorm = RMSNorm(C, LATENT_EPS)
+        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)
+        self.o_proj = nn.Linear(H * V, D, bias=False)
+        self.dot_product = ScaledDotProduct(config.softmax_scale)
+
+    def add_query_projections(self, config: K2Config):
+        """Queries go through a narrow latent too, of rank Q: fewer weights, and less to keep for the backward pass."""
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, config.num_attention_heads * config.qk_head_dim, bias=False)
+
+    def project_queries(self, x_TD):
+        """All heads' queries side by side, (..., T, H x A), not yet rotated."""
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+
+    def forward(self, x_TD, cos_TP, sin_TP, cache: LayerCache | None = None):
+        q_nope_HTN, q_rope_HTR = self.queries(x_TD, cos_TP, sin_TP)
+        c_kv_SC, k_rope_SR = self.latents(x_TD, cos_TP, sin_TP)
+        if cache is not None:
+            c_kv_SC, k_rope_SR = cache.append(c_kv_SC, k_rope_SR)
+        # One new token: expanding all S keys and values for it would cost far more than absorbing.
+        attend = self.absorbed if x_TD.shape[-2] == 1 else self.expanded
+        mixed_HTV = attend(q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR)
+        return self.o_proj(mixed_HTV.transpose(-3, -2).flatten(-2))
+
+    def queries(self, x_TD, cos_TP, sin_TP):
+        """The two parts of each head's query, (..., H, T, N) and, rotated, (..., H, T, R): no-position part first."""
+        c = self.config
+        q_HTA = self.project_queries(x_TD).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(-3, -2)
+        q_nope_HTN, q_rope_HTR = q_HTA.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        return q_nope_HTN, rotate(q_rope_HTR, cos_TP, sin_TP)
+
+    def latents(self, x_TD, cos_TP, sin_TP):
+        """What the cache keeps: the normalised latent (..., T, C) and the rotated key (..., T, R), which has no norm."""
+        c = self.config
+        c_kv_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        return self.kv_a_layernorm(c_kv_TC), rotate(k_rope_TR, cos_TP, sin_TP)
+
+    def up_projections(self):
+        """kv_b_proj's matrix head by head, as W^UK (H, N, C) and W^UV (H, V, C): a head's key rows come first."""
+        c = self.config
+        by_head_HOC = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        return by_head_HOC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
+
+    def expanded(self, q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR):
+        """Attention as the paper writes it: every head's keys and values are made first. -> (..., H, T, V)."""
+        c = self.config
+        kv_HSO = self.kv_b_proj(c_kv_SC).unflatten(-1, (c.num_attention_heads, -1)).transpose(-3, -2)
+        k_nope_HSN, v_HSV = kv_HSO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        k_rope_HSR = k_rope_SR.unsqueeze(-3).expand(*k_nope_HSN.shape[:-1], -1)  # one rotary key for all heads
+        q_HTA = torch.cat((q_nope_HTN, q_rope_HTR), dim=-1)
+        k_HSA = torch.cat((k_nope_HSN, k_rope_HSR), dim=-1)
+        return self.dot_product(q_HTA, k_HSA, v_HSV)
+
+    def absorbed(self, q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR):
+        """The same result without keys or values: q (W^UK c) = (q W^UK) c, so the latent itself serves as both.
+
+        The heads' queries then all look at one sequence of S latents, so that heads and tokens fold into one matrix
+        product with it. -> (..., H, T, V).
+        """
+        key_HNC, value_HVC = self.up_projections()
+        H, T, S = q_nope_HTN.shape[-3], q_nope_HTN.shape[-2], c_kv_SC.shape[-2]
+        q_latent_HTC = q_nope_HTN @ key_HNC
+        scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT + q_rope_HTR.flatten(-3, -2) @ k_rope_SR.mT
+        # The softmax is float32: its sum runs over up to 131,072 terms, and bfloat16 would stop adding after 256.
+        wide_HTS = scores_MS.unflatten(-2, (H, T)).to(torch.promote_types(scores_MS.dtype, torch.float32))
+        wide_HTS = (wide_HTS * self.config.softmax_scale).masked_fill(~causal_mask(T, S, wide_HTS.device), -torch.inf)
+        weights_HTS = wide_HTS.softmax(dim=-1).to(c_kv_SC.dtype)
+        mixed_HTC = (weights_HTS.flatten(-3, -2) @ c_kv_SC).unflatten(-2, (H, T))
+        return mixed_HTC @ value_HVC.mT
+
+
+class DirectQueryAttention(MultiHeadLatentAttention):
+    """The member without a query latent (Moonlight: `q_lora_rank: null`): q_proj makes the queries in one product."""
+
+    def add_query_projections(self, config: K2Config):
+        """One matrix, checkpoint name q_proj.weight, (H x A, D)."""
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.qk_head_dim, bias=False)
+
+    def project_queries(self, x_TD):
+        """All heads' queries side by side, (..., T, H x A), not yet rotated."""
+        return self.q_proj(x_TD)

@@ -1,0 +1,67 @@
+"""The latent cache: what attention keeps of the past, C + R = 512 + 64 numbers a token a layer.
+
+    paper     ours         what it is
+    c_kv      c_kv_SC      the compressed key-value, after kv_a_layernorm
+    k_R       k_rope_SR    the one rotary key that all heads share, after rotation
+
+    T tokens in this call · S tokens attended to · C kv rank · R rotary part
+
+Full keys and values would be 64 heads x (192 + 128) = 20,480 numbers: 35.6 times as many. Both parts are stored when
+nothing remains to be done to them: normalised, and turned to their position.
+"""
+
+import torch
+
+from .config import K2Config, K2Error
+
+
+class LayerCache:
+    """One layer's past. Room is taken in doubling steps, so that appending a token rarely copies."""
+
+    def __init__(self):
+        self.length = 0
+        self.c_kv_SC = None
+        self.k_rope_SR = None
+
+    def append(self, c_kv_TC, k_rope_TR):
+        """Write T new tokens behind the past and return all S, (..., S, C) and (..., S, R).
+
+        `length` moves only in LatentCache.advance, when every layer has written: a call that was interrupted half way
+        leaves no trace, since the next one writes over it.
+        """
+        end = self.length + c_kv_TC.shape[-2]
+        self.c_kv_SC = with_room(self.c_kv_SC, c_kv_TC, self.length, end)
+        self.k_rope_SR = with_room(self.k_rope_SR, k_rope_TR, self.length, end)
+        self.c_kv_SC[..., self.length : end, :] = c_kv_TC
+        self.k_rope_SR[..., self.length : end, :] = k_rope_TR
+        return self.c_kv_SC[..., :end, :], self.k_rope_SR[..., :end, :]
+
+
+def with_room(old_SI, new_TI, length: int, end: int):
+    """The buffer itself if `end` rows fit, or a larger one that holds its first `length` rows. Batch axes as in `new`."""
+    if old_SI is not None and old_SI.shape[:-2] != new_TI.shape[:-2]:
+        raise K2Error(f"cache: holds sequences of batch shape {tuple(old_SI.shape[:-2])}; this call has {tuple(new_TI.shape[:-2])}. Use one cache per batch.")
+    if old_SI is not None and old_SI.shape[-2] >= end:
+        return old_SI
+    rows = max(64, 2 ** (end - 1).bit_length())
+    room_SI = torch.empty(*new_TI.shape[:-2], rows, new_TI.shape[-1], dtype=new_TI.dtype, device=new_TI.device)
+    if old_SI is not None:
+        room_SI[..., :length, :] = old_SI[..., :length, :]
+    return room_SI
+
+
+class LatentCache:
+    """All layers' past for one sequence, or for one batch of equally long ones. Empty when made."""
+
+    def __init__(self, config: K2Config):
+        self.layers = [LayerCache() for _ in range(config.num_hidden_layers)]
+
+    @property
+    def length(self) -> int:
+        """How many tokens are held; the next call's first position."""
+        return self.layers[0].length
+
+    def advance(self, tokens: int):
+        """Count `tokens` more as past, in every layer at once."""
+        for layer in self.layers:
+            layer.length += tokens

@@ -1,0 +1,66 @@
+"""The mixture of experts: send every token to its K experts, and add what they say to what the shared expert says.
+
+    paper             ours             checkpoint (model.layers.L.mlp.)
+    FFN^(s)           shared_experts   shared_experts.*: one expert of n_shared x moe width, for every token
+    FFN^(r)_i         experts[i]       experts.0.* ... experts.383.*
+    g_i               weights_TK       -
+
+    T tokens, any batch folded in · D hidden · K chosen experts · M = T x K rows, one per token and choice
+
+The block is given its experts and does not know where they live: `experts.fetch(ids)` yields each one asked for, in
+whatever order it becomes available. Nothing below depends on that order, so the bits are the same whether an expert
+was resident or came from a disk.
+"""
+
+import torch
+from torch import nn
+
+from .config import K2Config, K2Error
+from .expert import Expert
+from .router import Router
+
+
+class Experts(nn.ModuleList):
+    """All experts of a layer, resident. Any other home of experts has this same `fetch`."""
+
+    def fetch(self, ids: list[int]):
+        """Yield (id, expert) for each id asked for, in any order. Called before the shared expert runs."""
+        for e in ids:
+            yield e, self[e]
+
+
+class MoE(nn.Module):
+    """x (..., T, D) -> sum over the K chosen experts of weight x expert(x), plus the shared expert(x), (..., T, D)."""
+
+    def __init__(self, config: K2Config, layer: int):
+        super().__init__()
+        D, F = config.hidden_size, config.moe_intermediate_size
+        self.layer = layer
+        self.gate = Router(config)
+        self.experts = Experts(Expert(D, F) for _ in range(config.n_routed_experts))
+        # Several shared experts are stored as one of their joint width: side by side they are the same function.
+        self.shared_experts = Expert(D, F * config.n_shared_experts)
+
+    def forward(self, x_TD):
+        leading, x_TD = x_TD.shape[:-1], x_TD.flatten(0, -2)
+        expert_ids_TK, weights_TK = self.gate(x_TD)
+        # Rows sorted by expert: row m belongs to token order_M[m] // K, and each expert's rows lie together.
+        K = expert_ids_TK.shape[-1]
+        order_M = expert_ids_TK.flatten().argsort(stable=True)
+        ids, counts = expert_ids_TK.unique(return_counts=True)  # sorted
+        arriving = self.experts.fetch(ids.tolist())  # reads start here, and land while the shared expert computes
+        shared_TD = self.shared_experts(x_TD)
+        rows = dict(zip(ids.tolist(), x_TD[order_M // K].split(counts.tolist())))
+        answers = {e: expert(rows[e]) for e, expert in arriving}
+        y_MD = self.checked(torch.cat([answers[e] for e in sorted(answers)]), answers)
+        y_TKD = y_MD[order_M.argsort()].unflatten(0, (-1, K))  # back to the tokens' order
+        # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
+        y_TD = (weights_TK.unsqueeze(-2) @ y_TKD.to(weights_TK.dtype)).squeeze(-2)
+        return (shared_TD + y_TD.to(shared_TD.dtype)).unflatten(0, leading)
+
+    def checked(self, y_MD, answers):
+        """The same rows, or a K2Error that names the first expert whose answer is not finite."""
+        if not y_MD.isfinite().all():
+            bad = [e for e in sorted(answers) if not answers[e].isfinite().all()]
+            raise K2Error(f"layer {self.layer}, expert {bad[0]}: expected finite numbers, found NaN or infinity in its output. Its weights are damaged, or its input overflowed: check this expert's tensors.")
+        return y_MD

@@ -1,0 +1,178 @@
+"""MuonClip: the optimizer that trained K2 for 15.5 trillion tokens without a loss spike. Muon, plus a clip on attention.
+
+    report, section 2.1 and Algorithm 1      ours
+    M_t = mu M_{t-1} + G_t                   momentum_OI
+    O_t = NewtonSchulz(M_t)                  orthogonalized
+    * sqrt(max(n, m)) * 0.2                  RMS_MATCH
+    W_t = W_{t-1} - eta (O_t + lambda W)     MuonClip.step
+    S_max^h > tau: gamma = tau / S_max^h     QKClip.clip
+
+    T tokens · H heads · A query or key head · O, I a matrix's rows and columns · N, R, V, C as in attention.py
+
+Muon replaces a matrix's gradient by the nearest matrix with equal singular values, so that rare directions move as far
+as common ones. That makes attention logits grow; QK-Clip shrinks the weights of just those heads that pass tau.
+"""
+
+import torch
+
+from ..attention import MultiHeadLatentAttention, ScaledDotProduct
+from ..model import K2
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singular values end in about [0.68, 1.14]
+RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
+
+
+def orthogonalized(gradient_OI, steps: int = 5, dtype=torch.bfloat16):
+    """Newton-Schulz: the same left and right singular vectors, all singular values driven towards 1; (..., O, I).
+
+    Works on stacks of matrices. bfloat16 suffices, since the iteration only has to bring values near 1, not to it.
+    """
+    a, b, c = QUINTIC
+    x_OI = gradient_OI.to(dtype)
+    x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
+    tall = x_OI.shape[-2] > x_OI.shape[-1]
+    x_OI = x_OI.mT if tall else x_OI  # the Gram matrix of the shorter side is the smaller one
+    for _ in range(steps):
+        gram_OO = x_OI @ x_OI.mT
+        x_OI = a * x_OI + (b * gram_OO + c * gram_OO @ gram_OO) @ x_OI
+    return (x_OI.mT if tall else x_OI).to(gradient_OI.dtype)
+
+
+def parameter_groups(model: K2) -> tuple[list, list]:
+    """(the matrices that Muon moves, what AdamW moves): embedding, head and vectors are AdamW's, as in Moonlight.
+
+    The embedding and the head have one row per token, and a rare token's row should move rarely.
+    """
+    tables = {model.model.embed_tokens.weight, model.lm_head.weight}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p not in tables]
+    return matrices, [p for p in model.parameters() if p.ndim != 2 or p in tables]
+
+
+class MuonClip:
+    """Moves all parameters of a model by their gradients, then clips attention heads.
+
+    Weights, momenta and the second moments are float32 whatever the model computes in: a bfloat16 model gets rounded
+    copies after each step, or steps smaller than its last bit would be lost. Momentum 0.95 and Nesterov are Moonlight's
+    (examples/toy_train.py), since the K2 report prints neither; weight decay 0.1 and tau 100 are the report's.
+    """
+
+    def __init__(self, model: K2, lr: float, adamw_lr: float, momentum: float = 0.95, weight_decay: float = 0.1, tau: float = 100.0):
+        self.lr, self.adamw_lr, self.momentum, self.weight_decay = lr, adamw_lr, momentum, weight_decay
+        self.matrices, self.others = parameter_groups(model)
+        self.clip = QKClip(model, tau)
+        self.step_count = 0
+        self.master = {p: p.detach().float().clone() for p in model.parameters()}
+        self.first = {p: torch.zeros_like(w) for p, w in self.master.items()}
+        self.second = {p: torch.zeros_like(self.master[p]) for p in self.others}
+        self.by_shape = {}  # equal shapes are orthogonalised as one stack: a thousand small products become a few
+        for p in self.matrices:
+            self.by_shape.setdefault(tuple(p.shape), []).append(p)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0):
+        """One step; `lr_scale` is the schedule's factor. A parameter without a gradient (an expert that no token
+        chose) counts as having a zero one."""
+        self.step_count += 1
+        for same_shape in self.by_shape.values():
+            self._muon(same_shape, self.lr * lr_scale)
+        for p in self.others:
+            self._adamw(p, self.adamw_lr * lr_scale)
+        self.clip.apply(self.master)
+        for p, master in self.master.items():
+            p.copy_(master)
+            p.grad = None
+
+    def _muon(self, same_shape: list, lr: float):
+        ahead = []
+        for p in same_shape:
+            gradient_OI = torch.zeros_like(self.master[p]) if p.grad is None else p.grad.float()
+            momentum_OI = self.first[p].mul_(self.momentum).add_(gradient_OI)
+            ahead.append(gradient_OI + self.momentum * momentum_OI)  # Nesterov: the momentum as the next step will see it
+        scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5
+        for p, update_OI in zip(same_shape, orthogonalized(torch.stack(ahead))):
+            self.master[p].mul_(1 - lr * self.weight_decay).sub_(update_OI, alpha=lr * scale)
+
+    def _adamw(self, p, lr: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8):
+        gradient = torch.zeros_like(self.master[p]) if p.grad is None else p.grad.float()
+        first = self.first[p].lerp_(gradient, 1 - beta1) / (1 - beta1**self.step_count)
+        second = self.second[p].lerp_(gradient.square(), 1 - beta2) / (1 - beta2**self.step_count)
+        decay = self.weight_decay if p.ndim == 2 else 0.0  # norm weights are scales, not directions: nothing pulls them to 0
+        self.master[p].mul_(1 - lr * decay).sub_(lr * first / (second.sqrt() + eps))
+
+    def state(self) -> dict:
+        """All that a resumed run needs, as tensors in parameter order."""
+        values = (self.master, self.first, self.second)
+        return {"step_count": self.step_count, "tensors": [list(v.values()) for v in values]}
+
+    @torch.no_grad()
+    def load_state(self, state: dict):
+        """Undo `state`: the parameters themselves are set from the master copies."""
+        self.step_count = state["step_count"]
+        for ours, theirs in zip((self.master, self.first, self.second), state["tensors"]):
+            for mine, saved in zip(ours.values(), theirs):
+                mine.copy_(saved)
+        for p, master in self.master.items():
+            p.copy_(master)
+
+
+class QKClip:
+    """Watches every head's largest attention logit in training's own forward, and shrinks the heads that pass tau."""
+
+    def __init__(self, model: K2, tau: float):
+        self.tau = tau
+        self.layers = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
+        self.max_logits = {}  # attention module -> largest logit per head (H,) since the last clip
+        for layer in self.layers:
+            layer.dot_product.register_forward_pre_hook(self._watch(layer))
+
+    def _watch(self, layer):
+        @torch.no_grad()
+        def watch(dot_product: ScaledDotProduct, q_k_v):
+            if not torch.is_grad_enabled() and not layer.training:
+                return
+            max_H = largest_logits(q_k_v[0], q_k_v[1], dot_product.scale)
+            old_H = self.max_logits.get(layer, max_H)
+            self.max_logits[layer] = torch.maximum(old_H, max_H)
+
+        return watch
+
+    @torch.no_grad()
+    def apply(self, master: dict) -> int:
+        """Clip the given float32 weights where a head passed tau, forget the maxima; returns how many heads were cut."""
+        cut = 0
+        for layer, max_H in self.max_logits.items():
+            gamma_H = (self.tau / max_H).clamp(max=1.0)
+            cut += int((gamma_H < 1).sum())
+            clip_heads(layer, gamma_H, master)
+        self.max_logits.clear()
+        return cut
+
+
+def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 256):
+    """max over batch and causal pairs of scale q.k, per head (H,); a few hundred query rows at a time, never T x S."""
+    T, S = q_HTA.shape[-2], k_HSA.shape[-2]
+    position_S = torch.arange(S, device=q_HTA.device)
+    largest = []
+    for start in range(0, T, rows):
+        end = min(start + rows, T)
+        visible_TS = position_S[: S - T + end] <= position_S[S - T + start : S - T + end, None]
+        logits_HTS = (q_HTA[..., start:end, :] @ k_HSA[..., : S - T + end, :].mT).float() * scale
+        logits_HTS = logits_HTS.masked_fill(~visible_TS, -torch.inf)
+        largest.append(logits_HTS.amax(dim=(-2, -1)).flatten(0, -2).amax(dim=0) if logits_HTS.ndim > 3 else logits_HTS.amax(dim=(-2, -1)))
+    return torch.stack(largest).amax(dim=0)
+
+
+def clip_heads(layer: MultiHeadLatentAttention, gamma_H, master: dict):
+    """Multiply head h's logits by gamma_h, through its own weights only. Report, section 2.1, the MLA rules:
+
+    q_C and k_C, both the head's own, by sqrt(gamma) each; q_R by gamma alone, as its partner k_R is shared by all heads
+    and must not move; k_R not at all. A head with gamma 1 is multiplied by exactly 1, so its bits stay.
+    """
+    c = layer.config
+    H, N = c.num_attention_heads, c.qk_nope_head_dim
+    query = layer.q_b_proj if c.q_lora_rank else layer.q_proj
+    query_HAI = master[query.weight].unflatten(0, (H, c.qk_head_dim))
+    query_HAI[:, :N] *= gamma_H.sqrt()[:, None, None]
+    query_HAI[:, N:] *= gamma_H[:, None, None]
+    key_HOC = master[layer.kv_b_proj.weight].unflatten(0, (H, -1))
+    key_HOC[:, :N] *= gamma_H.sqrt()[:, None, None]

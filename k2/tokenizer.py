@@ -13,11 +13,12 @@ The strings of special tokens inside ordinary text are ordinary text: a user who
 
 import base64
 import codecs
+import json
 import re
 from pathlib import Path
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from .config import K2Error, read_json_object
 
@@ -192,3 +193,35 @@ def cut_long_runs(text: str) -> list[str]:
     """The text in pieces, none with more than 25,000 characters of one kind (space or not) in a row."""
     cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+# The names K2-Instruct gives to its 17 special tokens, as offsets behind the ranks (163,584 for K2).
+SPECIAL_NAMES = {
+    0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 9: "[EOT]", 10: "<|im_system|>", 11: "<|tool_calls_section_begin|>",
+    12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
+    15: "<|tool_call_end|>", 17: "<|im_middle|>", 254: "[UNK]", 255: "[PAD]",
+}  # fmt: skip
+
+
+def train_ranks(texts, size: int) -> list[bytes]:
+    """`size` tokens learnt from texts by BPE under K2's pattern: the 256 bytes, then the commonest unions in order."""
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = split_and_spell()
+    bpe.train_from_iterator(texts, trainer)
+    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+    by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    return [bytes(byte_of[letter] for letter in spelled) for spelled, _ in by_id]
+
+
+def tokenizer_files(tokens: list[bytes]) -> dict[str, str]:
+    """The contents of tiktoken.model and tokenizer_config.json for a vocabulary with K2's special tokens behind it."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    entries = {
+        str(len(tokens) + offset): {"content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        for offset, name in SPECIAL_NAMES.items()
+    }
+    config = {"added_tokens_decoder": entries, "bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]",
+              "tokenizer_class": "TikTokenTokenizer", "model_max_length": 1000000000000000019884624838656}  # fmt: skip
+    return {"tiktoken.model": "".join(lines), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}

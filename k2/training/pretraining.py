@@ -1,0 +1,194 @@
+"""Pretraining: text in, a K2 out. What K2 did with 15.5 trillion tokens, on a laptop's worth of them.
+
+    report, section 2.5                      here
+    WSD: warm-up, constant, decay            learning_rate_factor
+    router bias against the load             Balancer (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2)
+    sequence-wise balance loss, alpha        Balancer.loss, weight ALPHA
+
+    T tokens of a window · D hidden · E experts · K chosen experts
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..config import K2Config, K2Error
+from ..model import K2
+from ..router import Router
+from .corpus import Windows
+from .muonclip import MuonClip
+
+ALPHA = 1e-4  # of the sequence-wise loss, DeepSeek-V3's value
+BIAS_STEP = 1e-2  # DeepSeek-V3 takes 1e-3; a run of hundreds of steps instead of hundreds of thousands wants more
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of one run. lr is Muon's, adamw_lr is for embedding, head and norms; both before the schedule."""
+
+    steps: int
+    rows: int = 16
+    window: int = 512
+    lr: float = 1e-2
+    adamw_lr: float = 1e-2
+    warmup: int = 40
+    decay_share: float = 0.35
+    seed: int = 0
+    save_every: int = 100
+
+
+def learning_rate_factor(step: int, run: Run) -> float:
+    """Warm-up, stable, decay: linear up over `warmup` steps, 1, then linear to 0 over the last `decay_share`."""
+    decay_steps = max(1, int(run.steps * run.decay_share))
+    return min(1.0, (step + 1) / run.warmup, (run.steps - step) / decay_steps)
+
+
+def initialize(model: K2, seed: int):
+    """Normal weights: 1/sqrt(3 x inputs) for matrices, 0.3 for the embedding, so that tokens differ from the start and
+    the router does not send them all to the same experts."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            std = {"model.embed_tokens.weight": 0.3, "lm_head.weight": 0.02}.get(name, (3 * p.shape[1]) ** -0.5)
+            p.data.normal_(0, std, generator=generator)
+
+
+class Balancer:
+    """Watches the routers of a model in training: counts each expert's tokens, and nudges the biases against the load."""
+
+    def __init__(self, model: K2, window: int):
+        self.window = window
+        self.routers = [m for m in model.modules() if isinstance(m, Router)]
+        self.load_E = {router: torch.zeros(router.weight.shape[0]) for router in self.routers}
+        self.losses = []
+        for router in self.routers:
+            router.register_forward_hook(self._watch)
+
+    def _watch(self, router: Router, inputs, outputs):
+        if not router.training:
+            return
+        E, K = router.weight.shape[0], router.top_k
+        expert_ids_TK = outputs[0].unflatten(0, (-1, self.window))
+        chosen_TE = torch.zeros(*expert_ids_TK.shape[:-1], E).scatter_(-1, expert_ids_TK, 1.0)
+        self.load_E[router] += chosen_TE.sum(dim=(0, 1))
+        # Per sequence: an expert's share of choices (f) times its mean share of the scores (P), summed over experts.
+        scores_TE = router.scores(inputs[0]).unflatten(0, (-1, self.window))
+        share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        self.losses.append((chosen_TE.mean(dim=1) * E / K * share_TE.mean(dim=1)).sum(-1).mean())
+
+    def loss(self):
+        """The balance loss of the forward passes since the last call, summed over layers."""
+        total = ALPHA * torch.stack(self.losses).sum() if self.losses else 0.0
+        self.losses = []
+        return total
+
+    def step(self) -> float:
+        """Raise the bias of experts below the mean load, lower it above; returns the busiest expert's load over the mean."""
+        busiest = 1.0
+        for router, load_E in self.load_E.items():
+            router.e_score_correction_bias += BIAS_STEP * torch.sign(load_E.mean() - load_E)
+            busiest = max(busiest, float(load_E.max() / load_E.mean()))
+            load_E.zero_()
+        return busiest
+
+
+def next_token_loss(model: K2, windows_TW, rows: int = 2048):
+    """Mean cross-entropy in nats of each window's tokens given those before; windows (B, T + 1) int64.
+
+    The head runs over a few rows at a time and again in the backward pass, so that the logits of a whole batch, the
+    largest tensor of training, never exist at once.
+    """
+    x_TD = model.model(windows_TW[:, :-1]).flatten(0, 1)
+    targets_T = windows_TW[:, 1:].flatten()
+
+    def part(x_MD, targets_M):
+        return F.cross_entropy(model.lm_head(x_MD), targets_M, reduction="sum")
+
+    parts = [checkpoint(part, x_MD, targets_M, use_reentrant=False) for x_MD, targets_M in zip(x_TD.split(rows), targets_T.split(rows))]
+    return torch.stack(parts).sum() / len(targets_T)
+
+
+class Trainer:
+    """One run: model, optimizer, balancer, data. `state` and `load_state` make it resumable to the same bits."""
+
+    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.bfloat16):
+        self.run, self.step_count = run, 0
+        self.model = K2(config).float()
+        initialize(self.model, run.seed)
+        self.balancer = Balancer(self.model, run.window)
+        self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr)  # its float32 masters are copied before the cast
+        self.model.to(dtype).train()
+        self.windows = Windows(stream, run.window, run.seed)
+
+    def step(self) -> dict:
+        """One optimizer step; returns what there is to report."""
+        batch = torch.from_numpy(self.windows.batch(self.step_count, self.run.rows))
+        loss = next_token_loss(self.model, batch)
+        if not loss.isfinite():
+            raise K2Error(f"training: the loss of step {self.step_count} is {float(loss)}; expected a finite number. Lower --lr and resume from the last state.")
+        (loss + self.balancer.loss()).backward()
+        largest = max(float(max_H.max()) for max_H in self.optimizer.clip.max_logits.values())
+        self.optimizer.step(learning_rate_factor(self.step_count, self.run))
+        self.step_count += 1
+        return {"loss": float(loss), "max_logit": largest, "busiest": self.balancer.step()}
+
+    def state(self) -> dict:
+        """Everything that the next step depends on; the data's order follows from seed and step."""
+        biases = [router.e_score_correction_bias for router in self.balancer.routers]
+        return {"step": self.step_count, "run": vars(self.run), "optimizer": self.optimizer.state(), "biases": biases}
+
+    def load_state(self, state: dict):
+        """Go on where `state` was taken. Raises K2Error if it belongs to a run of other settings."""
+        if state["run"] != vars(self.run):
+            raise K2Error(f"training: the saved run has settings {state['run']}; expected {vars(self.run)}. Resume with the same settings, or choose another --out.")
+        self.step_count = state["step"]
+        self.optimizer.load_state(state["optimizer"])
+        for router, bias_E in zip(self.balancer.routers, state["biases"]):
+            router.e_score_correction_bias.copy_(bias_E)
+
+
+def save_state(trainer: Trainer, path: Path):
+    """Write to a temporary file, flush it to the disk, then rename: a kill at any moment leaves the last state whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        torch.save(trainer.state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def train(trainer: Trainer, state_path: Path):
+    """Run to the end, saving as it goes, with one progress line on stderr. Resumes if the state file exists."""
+    if state_path.exists():
+        trainer.load_state(torch.load(state_path, weights_only=True))
+    started, first, smooth = time.monotonic(), trainer.step_count, None
+    while trainer.step_count < trainer.run.steps:
+        report = trainer.step()
+        smooth = report["loss"] if smooth is None else 0.95 * smooth + 0.05 * report["loss"]
+        done, seconds = trainer.step_count, time.monotonic() - started
+        rate = (done - first) * trainer.run.rows * trainer.run.window / seconds
+        left = (trainer.run.steps - done) * seconds / (done - first)
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"step {done}/{trainer.run.steps}  loss {smooth:.3f}  {rate:,.0f} tokens/s  largest logit {report['max_logit']:.1f}  "
+              f"busiest expert {report['busiest']:.1f}x  {left / 60:.0f} min left", end=end, file=sys.stderr, flush=True)  # fmt: skip
+        if done % trainer.run.save_every == 0 or done == trainer.run.steps:
+            save_state(trainer, state_path)
+
+
+@torch.no_grad()
+def bits_per_byte(model: K2, ids: list[int], text_bytes: int, window: int = 512) -> float:
+    """Cross-entropy of a token stream in windows of T, each starting without context, in bits per byte of its text."""
+    nats = 0.0
+    for start in range(0, len(ids) - 1, window):
+        part = torch.tensor(ids[start : start + window + 1])
+        logits_TW = model(part[:-1])
+        nats += float(F.cross_entropy(logits_TW, part[1:], reduction="sum"))
+    return nats / math.log(2) / text_bytes

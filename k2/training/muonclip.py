@@ -22,13 +22,14 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singu
 RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
 
 
-def orthogonalized(gradient_OI, steps: int = 5, dtype=torch.bfloat16):
+def orthogonalized(gradient_OI, steps: int = 5):
     """Newton-Schulz: the same left and right singular vectors, all singular values driven towards 1; (..., O, I).
 
-    Works on stacks of matrices. bfloat16 suffices, since the iteration only has to bring values near 1, not to it.
+    Works on stacks of matrices. It only has to bring values near 1, so bfloat16 suffices where a GPU is fast at it; a
+    CPU without bfloat16 instructions would take ten times as long as with float32.
     """
     a, b, c = QUINTIC
-    x_OI = gradient_OI.to(dtype)
+    x_OI = gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
     tall = x_OI.shape[-2] > x_OI.shape[-1]
     x_OI = x_OI.mT if tall else x_OI  # the Gram matrix of the shorter side is the smaller one

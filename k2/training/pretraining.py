@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..config import K2Config, K2Error
 from ..model import K2
@@ -36,7 +35,7 @@ class Run:
 
     steps: int
     rows: int = 16
-    window: int = 512
+    window: int = 256
     lr: float = 1e-2
     adamw_lr: float = 1e-2
     warmup: int = 40
@@ -100,26 +99,16 @@ class Balancer:
         return busiest
 
 
-def next_token_loss(model: K2, windows_TW, rows: int = 2048):
-    """Mean cross-entropy in nats of each window's tokens given those before; windows (B, T + 1) int64.
-
-    The head runs over a few rows at a time and again in the backward pass, so that the logits of a whole batch, the
-    largest tensor of training, never exist at once.
-    """
-    x_TD = model.model(windows_TW[:, :-1]).flatten(0, 1)
-    targets_T = windows_TW[:, 1:].flatten()
-
-    def part(x_MD, targets_M):
-        return F.cross_entropy(model.lm_head(x_MD), targets_M, reduction="sum")
-
-    parts = [checkpoint(part, x_MD, targets_M, use_reentrant=False) for x_MD, targets_M in zip(x_TD.split(rows), targets_T.split(rows))]
-    return torch.stack(parts).sum() / len(targets_T)
+def next_token_loss(model: K2, windows_BT):
+    """Mean cross-entropy in nats of each window's tokens given those before; windows (batch, T + 1) int64."""
+    logits_TW = model(windows_BT[:, :-1]).flatten(0, 1)
+    return F.cross_entropy(logits_TW, windows_BT[:, 1:].flatten())
 
 
 class Trainer:
     """One run: model, optimizer, balancer, data. `state` and `load_state` make it resumable to the same bits."""
 
-    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.bfloat16):
+    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32):
         self.run, self.step_count = run, 0
         self.model = K2(config).float()
         initialize(self.model, run.seed)
@@ -132,13 +121,14 @@ class Trainer:
         """One optimizer step; returns what there is to report."""
         batch = torch.from_numpy(self.windows.batch(self.step_count, self.run.rows))
         loss = next_token_loss(self.model, batch)
-        if not loss.isfinite():
-            raise K2Error(f"training: the loss of step {self.step_count} is {float(loss)}; expected a finite number. Lower --lr and resume from the last state.")
+        nats = loss.item()
+        if not math.isfinite(nats):
+            raise K2Error(f"training: the loss of step {self.step_count} is {nats}; expected a finite number. Lower --lr and resume from the last state.")
         (loss + self.balancer.loss()).backward()
         largest = max(float(max_H.max()) for max_H in self.optimizer.clip.max_logits.values())
         self.optimizer.step(learning_rate_factor(self.step_count, self.run))
         self.step_count += 1
-        return {"loss": float(loss), "max_logit": largest, "busiest": self.balancer.step()}
+        return {"loss": nats, "max_logit": largest, "busiest": self.balancer.step()}
 
     def state(self) -> dict:
         """Everything that the next step depends on; the data's order follows from seed and step."""

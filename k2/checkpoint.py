@@ -1,0 +1,407 @@
+"""A checkpoint is a file format: sharded safetensors, an index, a config. Opened by memory map, checked name by name.
+
+    config.json                      what the model is; every tensor's name, shape and dtype follow from it
+    model.safetensors.index.json     {"weight_map": {tensor: file}}; the only truth about which shard holds what
+    model-1-of-61.safetensors        8 bytes of header length, a JSON header, then the tensors' bytes
+
+Opening costs the headers. A tensor is a view into the map and costs memory when it is touched. Nothing is guessed: a
+tensor is used, or ignored by name with a reason, or refused.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object
+from .embedding import OutputHead
+from .model import K2
+from .quantization import (
+    BLOCK,
+    GROUP,
+    NIBBLES,
+    FP8Linear,
+    INT4Linear,
+    fp8_dequantize,
+    fp8_quantize,
+    int4_dequantize,
+    int4_quantize,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # a small checkpoint in one file has no index
+DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
+NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SCALE_LIMIT = 2.0**7  # see fp8_dequantize
+
+IGNORED_TENSORS = (
+    (re.compile(r"\.self_attn\.rotary_emb\.inv_freq$"), "a stale buffer of another head size (56 numbers where K2 has 32 pairs); the angles follow from config.json"),
+    (re.compile(r"^(vision_tower|mm_projector)\."), "the vision part of K2.5; this project runs the text part"),
+)
+
+
+class Spec(NamedTuple):
+    """What a tensor must be: its dtypes as safetensors spells them (the first is what we write), and its shape."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+# ---- what a config implies ----
+
+
+def matrix_specs(name: str, shape: tuple[int, int], stored: str, plain: str) -> dict[str, Spec]:
+    """The one, two or three tensors that hold a matrix (rows, columns) in a stored format."""
+    rows, columns = shape
+    if stored == "fp8":
+        grid = (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK))
+        return {f"{name}.weight": Spec(("F8_E4M3",), shape), f"{name}.weight_scale_inv": Spec(("F32",), grid)}
+    if stored == "int4":
+        return {
+            f"{name}.weight_packed": Spec(("I32",), (rows, columns // NIBBLES)),
+            f"{name}.weight_scale": Spec(("BF16",), (rows, columns // GROUP)),
+            f"{name}.weight_shape": Spec(("I32", "I64"), (2,)),
+        }
+    return {f"{name}.weight": Spec((plain,), shape)}
+
+
+def expected_tensors(config: K2Config) -> dict[str, Spec]:
+    """Every tensor that a checkpoint of this config must have, by name: 139,583 for K2-Instruct (and 61 stale ones)."""
+    plain, stored = NAME_OF[config.torch_dtype], config.weight_format
+    rest = "plain" if stored == "int4" else stored  # INT4 checkpoints quantise routed experts and nothing else
+    # The router's bias is float32. Only unquantised files (Moonlight, transformers') may have it in their own dtype.
+    bias = ("F32",) if stored != "plain" else ("F32", plain)
+    D, specs = config.hidden_size, {}
+    table = Spec((plain,), (config.vocab_size, D))
+    specs |= {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": Spec((plain,), (D,))}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for name, width in norm_widths(config).items():
+            specs[f"{layer}.{name}.weight"] = Spec((plain,), (width,))
+        for name, shape in attention_shapes(config).items():
+            specs |= matrix_specs(f"{layer}.self_attn.{name}", shape, rest, plain)
+        for name, width in feed_forward_widths(config, i).items():
+            for part, shape in (("gate_proj", (width, D)), ("up_proj", (width, D)), ("down_proj", (D, width))):
+                specs |= matrix_specs(f"{layer}.{name}.{part}", shape, stored if ".experts." in name else rest, plain)
+        if not config.is_dense(i):
+            specs[f"{layer}.mlp.gate.weight"] = Spec((plain,), (config.n_routed_experts, D))
+            specs[f"{layer}.mlp.gate.e_score_correction_bias"] = Spec(bias, (config.n_routed_experts,))
+    return {config.tensor_prefix + name: spec for name, spec in specs.items()}
+
+
+def norm_widths(config: K2Config) -> dict[str, int]:
+    """A layer's norms and their widths."""
+    latent = {"self_attn.q_a_layernorm": config.q_lora_rank} if config.q_lora_rank else {}
+    D = config.hidden_size
+    return {"input_layernorm": D, "post_attention_layernorm": D, "self_attn.kv_a_layernorm": config.kv_lora_rank} | latent
+
+
+def attention_shapes(config: K2Config) -> dict[str, tuple[int, int]]:
+    """A layer's attention matrices, (rows, columns)."""
+    D, H, A, Q, C = config.hidden_size, config.num_attention_heads, config.qk_head_dim, config.q_lora_rank, config.kv_lora_rank
+    queries = {"q_a_proj": (Q, D), "q_b_proj": (H * A, Q)} if Q else {"q_proj": (H * A, D)}
+    return queries | {
+        "kv_a_proj_with_mqa": (C + config.qk_rope_head_dim, D),
+        "kv_b_proj": (H * (config.qk_nope_head_dim + config.v_head_dim), C),
+        "o_proj": (D, H * config.v_head_dim),
+    }
+
+
+def feed_forward_widths(config: K2Config, layer: int) -> dict[str, int]:
+    """A layer's feed-forwards by name, and their widths: one wide one, or the shared and all routed experts."""
+    if config.is_dense(layer):
+        return {"mlp": config.intermediate_size}
+    F = config.moe_intermediate_size
+    return {"mlp.shared_experts": F * config.n_shared_experts} | {f"mlp.experts.{e}": F for e in range(config.n_routed_experts)}
+
+
+def shard_names(config: K2Config, names, shards: int) -> dict[str, str]:
+    """Which file each tensor is written to, as in K2-Instruct: layers in order, a shard a layer if there are as many;
+    the embedding with the first layer, the last norm and the head with the last."""
+    if not 1 <= shards <= config.num_hidden_layers:
+        raise K2Error(f"save: {shards} shards; expected 1 to num_hidden_layers = {config.num_hidden_layers}, as a layer is never split.")
+    files = {}
+    for name in names:
+        found = re.search(r"layers\.(\d+)\.", name)
+        layer = int(found[1]) if found else 0 if "embed_tokens" in name else config.num_hidden_layers - 1
+        files[name] = f"model-{layer * shards // config.num_hidden_layers + 1}-of-{shards}.safetensors"
+    return files
+
+
+# ---- reading ----
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that the file is as long as it says."""
+    if not path.is_file():
+        raise K2Error(f"{path}: expected a shard, found {'no regular file' if path.exists() else 'no file'}. Fetch this shard.")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise K2Error(f"{path}: expected {expected} bytes by its header, found {size}. The shard is {'cut' if size < expected else 'too long'}: fetch it again.")
+    header.pop("__metadata__", None)
+    return header
+
+
+class Checkpoint:
+    """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise K2Error(f"{self.directory}: expected a checkpoint directory, found {'something else' if self.directory.exists() else 'nothing'}. Give the folder that holds config.json.")
+        self.config = K2Config.from_json(self.directory)
+        self.weight_map = self._read_index()
+        self.headers = {file: read_header(self.directory / file) for file in sorted(set(self.weight_map.values()))}
+        self._cross_check()
+        self.ignored = self._account_for_every_tensor()
+        self._shards = {file: self._map(file) for file in self.headers}
+
+    def _read_index(self) -> dict[str, str]:
+        """{tensor: file}, from the index, or from the one file of a checkpoint without an index."""
+        path = self.directory / INDEX
+        if not path.exists() and (self.directory / SINGLE).exists():
+            return dict.fromkeys(read_header(self.directory / SINGLE), SINGLE)
+        weight_map = read_json_object(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise K2Error(f"{path}: expected weight_map to map tensors to files, found {type(weight_map).__name__}. Fetch the index again.")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise K2Error(f"{path}: weight_map[{name}] is {file!r}; expected the name of a .safetensors file in this folder. Fetch the index again.")
+        return weight_map
+
+    def _cross_check(self):
+        """The index and the headers must tell one story."""
+        for name, file in self.weight_map.items():
+            if name not in self.headers[file]:
+                raise K2Error(f"{self.directory / file}: expected {name}, which the index places here; the header lacks it. Index and shards are not of one checkpoint.")
+        for file, header in self.headers.items():
+            for name in header:
+                if self.weight_map.get(name) != file:
+                    raise K2Error(f"{self.directory / file}: holds {name}, which the index places in {self.weight_map.get(name, 'no file')}. Index and shards are not of one checkpoint.")
+
+    def _account_for_every_tensor(self) -> dict[str, str]:
+        """Each tensor is as the config implies, or ignored: returns {ignored tensor: reason}."""
+        expected, ignored = expected_tensors(self.config), {}
+        for name, file in self.weight_map.items():
+            reason = next((why for pattern, why in IGNORED_TENSORS if pattern.search(name)), None)
+            if reason:
+                ignored[name] = reason
+            elif name not in expected:
+                raise K2Error(f"{self.directory / file}: unknown tensor {name}; config.json implies none of this name. Is this config.json this checkpoint's own?")
+            else:
+                self._check_tensor(name, file, expected[name])
+        for name in expected:
+            if name not in self.weight_map:
+                raise K2Error(f"{self.directory}: tensor {name} is missing; config.json implies it. Is the checkpoint whole, and config.json its own?")
+        return ignored
+
+    def _check_tensor(self, name: str, file: str, spec: Spec):
+        found = self.headers[file][name]
+        if found.get("dtype") not in spec.dtypes:
+            raise K2Error(f"{self.directory / file}: {name} has dtype {found.get('dtype')}; expected {' or '.join(spec.dtypes)}. Is config.json this checkpoint's own?")
+        if found.get("shape") != list(spec.shape):
+            raise K2Error(f"{self.directory / file}: {name} has shape {found.get('shape')}; expected {list(spec.shape)}. Is config.json this checkpoint's own?")
+
+    def _map(self, file: str):
+        try:
+            return safetensors.safe_open(self.directory / file, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise K2Error(f"{self.directory / file}: expected a safetensors file, found: {error}. Fetch this shard again.") from None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view into the memory map, in the stored dtype; `name` is without the prefix that K2.5 adds."""
+        name = self.config.tensor_prefix + name
+        return self._shards[self.weight_map[name]].get_tensor(name)
+
+    def finite(self, name: str) -> torch.Tensor:
+        """The same, after reading it all: raises K2Error if a number in it is NaN or infinite."""
+        values = self.tensor(name)
+        wide = values.view(torch.int8) & 0x7F if values.dtype == torch.float8_e4m3fn else values
+        if (wide == 0x7F).any() if wide.dtype == torch.int8 else not wide.isfinite().all():
+            raise K2Error(f"{self.directory / self.weight_map[self.config.tensor_prefix + name]}: {name}: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
+        return values
+
+
+# ---- into a model and out of one ----
+
+SMALL = 2**30  # bytes
+
+
+def compute_dtype(config: K2Config, dtype, device: torch.device):
+    """What "auto" means: float32 on a CPU for a model that then takes at most 1 GiB, so that every machine gives the
+    same text; otherwise None, the stored format at rest. It depends on model and device kind, never on free memory."""
+    if dtype != "auto":
+        return dtype
+    weights = sum(math.prod(s.shape) * (NIBBLES if "packed" in name else 1) for name, s in expected_tensors(config).items())
+    return torch.float32 if device.type == "cpu" and weights * 4 <= SMALL else None
+
+
+def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2:
+    """A model with a checkpoint's weights, ready to run (eval mode, no gradients).
+
+    dtype None keeps the stored format at rest and computes in the checkpoint's torch_dtype; a torch dtype dequantises
+    and casts at load; "auto" takes whichever serves the device (see compute_dtype). The non-routed weights are read
+    and checked for NaN now; routed experts stay in the map until they are asked for, if they need no cast. The
+    embedding stays in the map on the CPU. Budgets for moving experts (gpu_memory, ram) belong to the expert store.
+    Raises K2Error for whatever is wrong with the files.
+    """
+    if gpu_memory is not None or ram is not None:
+        raise K2Error("load: gpu_memory and ram are set; this version keeps all experts resident and has no expert store. Leave both at None.")
+    checkpoint, device = Checkpoint(directory), torch.device(device)
+    dtype = compute_dtype(checkpoint.config, dtype, device)
+    with torch.device("meta"):
+        model = K2(checkpoint.config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not isinstance(module, OutputHead):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear_from(checkpoint, name, dtype, device))
+        else:
+            fill_tensors(checkpoint, name, module, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
+    """The Linear of a stored matrix: nn.Linear, or at rest in the stored format.
+
+    kv_b_proj never stays quantised: absorption reads its matrix, not its product with a vector.
+    """
+    get = checkpoint.tensor if ".experts." in name else checkpoint.finite
+    at_rest = dtype is None and not name.endswith("kv_b_proj")
+    wide = dtype or DTYPE_NAMES[NAME_OF[checkpoint.config.torch_dtype]]
+    if checkpoint.config.tensor_prefix + name + ".weight_packed" in checkpoint.weight_map:
+        parts = [get(f"{name}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")]
+        check_int4_shape(checkpoint, name, parts)
+        return INT4Linear(*(p.to(device) for p in parts)) if at_rest else plain_linear(int4_dequantize(*parts[:2], wide), device)
+    weight_OI = get(f"{name}.weight")
+    if weight_OI.dtype != torch.float8_e4m3fn:
+        return plain_linear(weight_OI.to(wide), device)
+    scale_BG = checkpoint.finite(f"{name}.weight_scale_inv")
+    if scale_BG.abs().max() >= SCALE_LIMIT:
+        raise K2Error(f"{checkpoint.directory}: {name}.weight_scale_inv holds {scale_BG.abs().max():g}; expected below {SCALE_LIMIT:g}. The shard is damaged: fetch it again.")
+    return FP8Linear(weight_OI.to(device), scale_BG.to(device)) if at_rest else plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)
+
+
+def check_int4_shape(checkpoint: Checkpoint, name: str, parts):
+    """weight_shape repeats what the packed words' shape says; a file in which they differ was packed otherwise."""
+    packed_OU, _, shape_2 = parts
+    if shape_2.tolist() != [packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]:
+        raise K2Error(f"{checkpoint.directory}: {name}.weight_shape is {shape_2.tolist()}; expected {[packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]}. The shard is damaged: fetch it again.")
+
+
+def plain_linear(weight_OI, device) -> nn.Linear:
+    """An nn.Linear around a given matrix, without making a random one first."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight_OI.to(device), requires_grad=False)
+    return linear
+
+
+def fill_tensors(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device):
+    """Give a module its own vectors and tables (norms, router, embedding, head), not those of its children."""
+    for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        full = f"{prefix}.{name}"
+        values = checkpoint.finite(full)
+        if name == "e_score_correction_bias":
+            module.register_buffer(name, values.float().to(device))
+            continue
+        home = torch.device("cpu") if prefix == "model.embed_tokens" else device
+        setattr(module, name, nn.Parameter(values.to(dtype or values.dtype).to(home), requires_grad=False))
+
+
+FORMATS = {"bf16": ("bfloat16", None), "fp32": ("float32", None), "fp8": ("bfloat16", FP8_CONFIG), "int4": ("bfloat16", INT4_CONFIG)}
+
+
+def save(model: K2, directory, format: str = "bf16", shards: int | None = None, files: dict[str, str] | None = None):
+    """Write a checkpoint in the released layout: format bf16, fp8 or int4 (fp32 for tests), a shard a layer by default.
+
+    `files` are texts to put beside it (the tokenizer's). All is written to a folder beside the target, flushed to the
+    disk and renamed as one: the target appears whole or not at all. Raises K2Error if it exists already or does not fit.
+    """
+    directory = Path(directory)
+    if format not in FORMATS:
+        raise K2Error(f"save: format {format!r}; expected one of {', '.join(FORMATS)}.")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise K2Error(f"{directory}: expected a new or empty folder, found one with content. Choose another folder; nothing was overwritten.")
+    torch_dtype, quantization = FORMATS[format]
+    config = replace(model.config, torch_dtype=torch_dtype, quantization_config=quantization, tensor_prefix="")
+    if format == "int4" and (config.hidden_size % GROUP or config.moe_intermediate_size % GROUP):
+        raise K2Error(f"save: int4 packs groups of {GROUP} inputs; hidden_size {config.hidden_size} or moe_intermediate_size {config.moe_intermediate_size} does not divide. Save as fp8.")
+    file_of = shard_names(config, expected_tensors(config), shards or config.num_hidden_layers)
+    temporary = directory.with_name(f".{directory.name}.saving-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        write_shards(model, config, file_of, temporary)
+        texts = {"config.json": json.dumps(config.to_dict(), indent=2) + "\n", **(files or {})}
+        for name, text in texts.items():
+            write_through(temporary / name, text.encode())
+        if directory.exists():
+            directory.rmdir()
+        os.rename(temporary, directory)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise K2Error(f"{directory}: could not be written: {error}. Nothing was put there; make room or choose another folder.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_shards(model: K2, config: K2Config, file_of: dict[str, str], folder: Path):
+    """The shards one after the other, each flushed, and then the index."""
+    modules, total = dict(model.named_modules()), 0
+    for file in sorted(set(file_of.values())):
+        tensors = {name: stored_tensor(modules, name, config) for name in file_of if file_of[name] == file}
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+        with open(folder / file, "rb") as written:
+            os.fsync(written.fileno())
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    write_through(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def write_through(path: Path, content: bytes):
+    """Write a file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def stored_tensor(modules: dict, name: str, config: K2Config) -> torch.Tensor:
+    """One tensor as the checkpoint of this config stores it, computed from the model's module."""
+    owner, _, kind = name.rpartition(".")
+    if kind == "e_score_correction_bias":
+        return modules[owner].e_score_correction_bias.float().contiguous().cpu()
+    weight = dense_weight(modules[owner])
+    if kind == "weight_shape":
+        return torch.tensor(weight.shape, dtype=torch.int32)
+    if kind in ("weight_packed", "weight_scale"):
+        return int4_quantize(weight)[kind == "weight_scale"]
+    if config.weight_format == "fp8" and isinstance(modules[owner], (nn.Linear, FP8Linear, INT4Linear)) and owner != "lm_head":
+        return fp8_quantize(weight)[kind == "weight_scale_inv"]
+    return weight.to(DTYPE_NAMES[NAME_OF[config.torch_dtype]]).contiguous().cpu().clone()
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """A module's weight in float32 (plain ones in their own dtype), whatever it is at rest, on the CPU."""
+    if isinstance(module, FP8Linear):
+        return fp8_dequantize(module.weight, module.weight_scale_inv).cpu()
+    if isinstance(module, INT4Linear):
+        return int4_dequantize(module.weight_packed, module.weight_scale).cpu()
+    return module.weight.detach().cpu()

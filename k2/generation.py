@@ -1,0 +1,61 @@
+"""The generation loop: read the prompt in chunks, then one token after the other.
+
+    prefill   many tokens a call: matrix times matrix, bound by arithmetic
+    decode    one token a call: every weight is read for one vector, bound by bandwidth
+
+    T tokens · W vocabulary
+"""
+
+import torch
+
+from .config import K2Error
+from .kv_cache import LatentCache
+from .model import K2
+from .sampling import Sampler
+
+CHUNK = 512  # tokens a prefill call; fixed, so that memory is bounded and results depend on no budget
+
+
+@torch.inference_mode()
+def prefill(model: K2, ids: list[int], cache: LatentCache):
+    """Read ids into the cache, chunk by chunk; logits (W,) of the last position only."""
+    for start in range(0, len(ids), CHUNK):
+        chunk_T = torch.tensor(ids[start : start + CHUNK])
+        logits_TW = model(chunk_T, cache, positions=slice(-1, None))
+    return logits_TW[-1]
+
+
+@torch.inference_mode()
+def decode(model: K2, i: int, cache: LatentCache):
+    """Logits (W,) after one more id."""
+    return model(torch.tensor([i]), cache)[-1]
+
+
+def generate(model: K2, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, stop_ids=(), cache: LatentCache | None = None):
+    """Yield ids that continue `ids`, greedy by default, until max_new_tokens, a stop id (not yielded) or the context's end.
+
+    With a cache, `ids` follow what it holds. Raises K2Error, before any work, for an empty prompt or one that leaves no
+    room in the context. The last id yielded is not in the cache: nothing has attended to it yet.
+    """
+    ids, sampler = [int(i) for i in ids], Sampler(temperature, top_p, seed)
+    cache = LatentCache(model.config) if cache is None else cache
+    room = model.config.max_position_embeddings - cache.length - len(ids)
+    if not ids:
+        raise K2Error("prompt: expected at least one token, found none. K2 adds no start token: give it some text.")
+    if room < 0:
+        raise K2Error(f"prompt: {cache.length + len(ids)} tokens; expected at most {model.config.max_position_embeddings}, the context of this model. Shorten it.")
+    return continuation(model, ids, min(max_new_tokens, room + 1), sampler, frozenset(stop_ids), cache)
+
+
+def continuation(model: K2, ids: list[int], count: int, sampler: Sampler, stop_ids: frozenset, cache: LatentCache):
+    """The loop itself, an iterator of ids; nothing runs until the first is asked for."""
+    if count < 1:
+        return
+    logits_W = prefill(model, ids, cache)
+    for step in range(count):
+        i = sampler(logits_W)
+        if i in stop_ids:
+            return
+        yield i
+        if step + 1 < count:
+            logits_W = decode(model, i, cache)

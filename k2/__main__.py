@@ -1,6 +1,7 @@
 """python -m k2 COMMAND. This file only parses, dispatches and prints: text to stdout, all else to stderr."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ import torch
 
 from . import reference
 from .checkpoint import load
-from .config import K2Error
+from .config import K2Config, K2Error
 from .generation import generate
 from .tokenizer import Tokenizer
 
@@ -39,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_bench(commands)
     return parser
 
 
@@ -119,6 +123,69 @@ def stream(new_ids, tokenizer: Tokenizer):
         first = times[1] - times[0] if len(times) > 1 else 0.0
         rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
         print(f"{len(times) - 1} tokens; the first after {first:.2f} s{rate}", file=sys.stderr)
+
+
+def add_train(commands):
+    """python -m k2 train"""
+    sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources", description="Train a model of K2-mini's config; resumes if --out holds a state.")
+    sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint/")
+    sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
+    for name, default in (("steps", 1800), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
+        sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    sub.add_argument("--lr", type=float, default=1e-2, help="Muon's learning rate")
+    sub.set_defaults(run=run_train)
+
+
+def run_train(options):
+    """Tokenizer, then tokens, then the run, then an FP8 checkpoint."""
+    from .training import pretraining
+
+    run = pretraining.Run(options.steps, options.rows, options.window, options.lr, seed=options.seed, save_every=options.save_every)
+    directory = pretraining.make_checkpoint(K2Config.from_json(options.config), Path(options.out), run)
+    print(f"{directory}: done; try python -m k2 evaluate --model {directory}", file=sys.stderr)
+
+
+def add_evaluate(commands):
+    """python -m k2 evaluate"""
+    sub = commands.add_parser("evaluate", help="bits per byte on held-out modules", description="Measure a model on modules of the standard library that K2-mini's training never saw.")
+    sub.add_argument("--model", default=MINI, metavar="DIR")
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
+    sub.add_argument("--xz", action="store_true", help="also compress the text with xz, alone and behind the training text (minutes)")
+    sub.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(options):
+    """The model card's figures, on stdout."""
+    from .training import evaluation
+
+    text, tokenizer = evaluation.held_out_text(), Tokenizer.from_directory(options.model)
+    model, ids, size = load(options.model, dtype=DTYPES[options.dtype]), tokenizer.encode(text), len(text.encode())
+    print(f"held-out text: {size} bytes, {len(ids)} tokens, {size / len(ids):.2f} bytes a token")
+    print(f"model: {evaluation.bits_per_byte(model, ids, size):.4f} bits per byte")
+    for i, (idlest, busiest) in enumerate(evaluation.expert_shares(model, ids[:65536])):
+        print(f"layer {model.config.first_k_dense_replace + i}: idlest expert {idlest:.2f}, busiest {busiest:.2f} times the mean load")
+    if options.xz:
+        print(f"xz -9e: {evaluation.xz_bits_per_byte(text):.4f} bits per byte")
+        print(f"xz -9e behind the training text: {evaluation.xz_bits_per_byte(text, evaluation.training_text()):.4f} bits per byte")
+
+
+def add_bench(commands):
+    """python -m k2 bench"""
+    sub = commands.add_parser("bench", help="speed beside transformers", description="Prefill and decode of one checkpoint, in turn with transformers.")
+    sub.add_argument("--rounds", type=int, default=3, metavar="N")
+    sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each measured process runs")
+    sub.set_defaults(run=run_bench)
+
+
+def run_bench(options):
+    """The table, or one measurement of it."""
+    from . import bench
+
+    if options.child:
+        engine, directory, prompt, new = options.child
+        print(json.dumps(bench.child(engine, directory, int(prompt), int(new))))
+    else:
+        bench.bench(MINI, rounds=options.rounds)
 
 
 if __name__ == "__main__":

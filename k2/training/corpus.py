@@ -64,11 +64,6 @@ def read_texts(files: list[Path]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def held_out_stream() -> str:
-    """All held-out modules as one text."""
-    return "".join(read_texts(held_out_files()))
-
-
 def digest_lines() -> list[str]:
     """One line `sha256 bytes name` per held-out file, to say later whether a machine measures the same text."""
     root = standard_library()

@@ -8,6 +8,7 @@
     T tokens of a window · D hidden · E experts · K chosen experts
 """
 
+import json
 import math
 import os
 import sys
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..checkpoint import save
 from ..config import K2Config, K2Error
 from ..model import K2
 from ..router import Router
-from .corpus import Windows
+from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
+from .corpus import Windows, read_texts, token_stream, training_files
 from .muonclip import MuonClip
 
 ALPHA = 1e-4  # of the sequence-wise loss, DeepSeek-V3's value
@@ -155,10 +158,18 @@ def save_state(trainer: Trainer, path: Path):
     os.replace(temporary, path)
 
 
+def read_state(path: Path) -> dict:
+    """A saved state; K2Error if the file is not one."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises a different type for each way in which a file is not its own
+        raise K2Error(f"{path}: expected a training state, found: {str(error).splitlines()[0]}. Remove it to start anew, or choose another --out.") from None
+
+
 def train(trainer: Trainer, state_path: Path):
     """Run to the end, saving as it goes, with one progress line on stderr. Resumes if the state file exists."""
     if state_path.exists():
-        trainer.load_state(torch.load(state_path, weights_only=True))
+        trainer.load_state(read_state(state_path))
     started, first, smooth = time.monotonic(), trainer.step_count, None
     while trainer.step_count < trainer.run.steps:
         report = trainer.step()
@@ -173,12 +184,29 @@ def train(trainer: Trainer, state_path: Path):
             save_state(trainer, state_path)
 
 
-@torch.no_grad()
-def bits_per_byte(model: K2, ids: list[int], text_bytes: int, window: int = 512) -> float:
-    """Cross-entropy of a token stream in windows of T, each starting without context, in bits per byte of its text."""
-    nats = 0.0
-    for start in range(0, len(ids) - 1, window):
-        part = torch.tensor(ids[start : start + window + 1])
-        logits_TW = model(part[:-1])
-        nats += float(F.cross_entropy(logits_TW, part[1:], reduction="sum"))
-    return nats / math.log(2) / text_bytes
+def make_checkpoint(config: K2Config, out: Path, run: Run) -> Path:
+    """The whole way from this machine's Python sources to a checkpoint in `out`/checkpoint: what `python -m k2 train` does."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = prepare_text(config, out)
+    trainer = Trainer(config, np.load(out / "tokens.npy"), run)
+    train(trainer, out / "state.pt")
+    stops = [config.eos_token_id + 1, config.eos_token_id]  # <|im_end|> and [EOS]
+    files["generation_config.json"] = json.dumps({"max_length": config.max_position_embeddings, "eos_token_id": stops}, indent=2) + "\n"
+    save(trainer.model, out / "checkpoint", format=config.weight_format if config.weight_format != "plain" else "bf16", shards=min(3, config.num_hidden_layers), files=files)
+    return out / "checkpoint"
+
+
+def prepare_text(config: K2Config, out: Path) -> dict[str, str]:
+    """Learn the vocabulary and encode the corpus into `out`, unless an earlier run did; returns the tokenizer's files."""
+    names = ("tiktoken.model", "tokenizer_config.json")
+    if not (out / "tokens.npy").exists():
+        corpus = training_files()
+        print(f"corpus: {len(corpus)} files; learning {config.vocab_size - RESERVED} tokens from the twice-read ones", file=sys.stderr)
+        ranks = train_ranks(read_texts([path for path, times in corpus if times > 1]), config.vocab_size - RESERVED)
+        for name, text in tokenizer_files(ranks).items():
+            (out / name).write_text(text, encoding="utf-8")
+        stream = token_stream(Tokenizer.from_directory(out), corpus)
+        with open(out / ".tokens.npy", "wb") as file:
+            np.save(file, stream)
+        os.replace(out / ".tokens.npy", out / "tokens.npy")
+    return {name: (out / name).read_text(encoding="utf-8") for name in names}

@@ -1,0 +1,128 @@
+"""How fast, beside transformers on the same checkpoint: `python -m k2 bench`.
+
+Each engine runs in a process of its own (for its peak memory), the two in turn, a few rounds; what counts is the ratio
+within one round, since machines drift. Both compute in the same dtype and must choose the same tokens.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .checkpoint import load, save
+from .config import K2Config, K2Error
+from .generation import decode, prefill
+from .kv_cache import LatentCache
+from .model import K2
+
+MID = {  # a random model of ordinary proportions: 0.4 billion weights
+    "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "n_routed_experts": 64, "num_experts_per_tok": 6, "vocab_size": 16384, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def bench(mini: Path, prompt: int = 512, new: int = 64, rounds: int = 3):
+    """Print a table of both engines on K2-mini and on the mid-size model, and the ratios. Needs transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("K2-mini", load(mini, dtype=torch.float32)), ("mid-size", random_model(load(mini).config))):
+            directory = Path(folder) / name
+            save(model, directory, format="fp32")
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
+            del model
+            compare(name, directory, min(prompt, config["max_position_embeddings"] - new), new, rounds)
+
+
+def random_model(like: K2Config) -> K2:
+    """The mid-size model: weights that keep activations finite, and nothing to say."""
+    torch.manual_seed(0)
+    return K2(replace(like, quantization_config=None, **MID))
+
+
+def compare(name: str, directory: Path, prompt: int, new: int, rounds: int):
+    """Run both engines in turn and print medians and per-round ratios."""
+    runs = {"k2": [], "transformers": []}
+    for _ in range(rounds):
+        for engine, results in runs.items():
+            results.append(run_child(engine, directory, prompt, new))
+    print(f"\n{name}: prompt {prompt}, {new} new tokens, float32, {torch.get_num_threads()} threads, median of {rounds}")
+    print(f"{'':14}{'load s':>9}{'first token s':>15}{'prefill t/s':>13}{'decode t/s':>12}{'peak MB':>10}")
+    columns = (("load", 9, ".2f"), ("first", 15, ".3f"), ("prefill", 13, ".0f"), ("decode", 12, ".1f"), ("peak", 10, ".0f"))
+    for engine, results in runs.items():
+        print(f"{engine:14}" + "".join(f"{median(r[key] for r in results):>{width}{form}}" for key, width, form in columns))
+    for key in ("prefill", "decode"):
+        ratios = sorted(ours[key] / theirs[key] for ours, theirs in zip(runs["k2"], runs["transformers"]))
+        print(f"{key}: {median(ratios):.2f} times transformers ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print("same greedy tokens:", "yes" if len({tuple(r["ids"]) for results in runs.values() for r in results}) == 1 else "NO")
+
+
+def run_child(engine: str, directory: Path, prompt: int, new: int) -> dict:
+    """One engine in a fresh process; what it measured."""
+    command = [sys.executable, "-m", "k2", "bench", "--child", engine, str(directory), str(prompt), str(new)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise K2Error(f"bench: {engine} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}. Install tests/requirements-oracles.txt for transformers.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(engine: str, directory: str, prompt: int, new: int) -> dict:
+    """Load, read the prompt once to warm up, then measure prefill and decode."""
+    started = time.perf_counter()
+    begin = {"k2": ours, "transformers": theirs}[engine](directory)
+    loaded = time.perf_counter()
+    ids = torch.randint(0, 4096, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    begin(ids[:64])
+    before = time.perf_counter()
+    first, step = begin(ids)
+    after = time.perf_counter()
+    chosen = [first]
+    for _ in range(new):
+        chosen.append(step(chosen[-1]))
+    end = time.perf_counter()
+    return {"load": loaded - started, "first": after - before, "prefill": prompt / (after - before), "decode": new / (end - after),
+            "peak": peak_megabytes(), "ids": chosen}  # fmt: skip
+
+
+def peak_megabytes() -> float:
+    """The process' largest resident memory. Linux and macOS; 0 elsewhere."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+
+
+def ours(directory: str):
+    """begin(ids) -> (first id, step), with step(id) -> next id; this project."""
+    model = load(directory, dtype=torch.float32)
+
+    def begin(ids):
+        cache = LatentCache(model.config)
+        return int(prefill(model, ids, cache).argmax()), lambda i: int(decode(model, i, cache).argmax())
+
+    return begin
+
+
+def theirs(directory: str):
+    """The same with transformers' DeepseekV3ForCausalLM in its default settings."""
+    import transformers
+
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run(ids, cache):
+        out = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())
+
+    def begin(ids):
+        cache = transformers.DynamicCache()
+        return run(ids, cache), lambda i: run([i], cache)
+
+    return begin

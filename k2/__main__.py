@@ -130,7 +130,7 @@ def add_train(commands):
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources", description="Train a model of K2-mini's config; resumes if --out holds a state.")
     sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint/")
     sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
-    for name, default in (("steps", 1800), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
+    for name, default in (("steps", 1400), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
         sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
     sub.add_argument("--lr", type=float, default=1e-2, help="Muon's learning rate")
     sub.set_defaults(run=run_train)

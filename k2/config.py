@@ -223,8 +223,11 @@ def text_part(raw: dict, where: str) -> tuple[dict, str]:
 
 
 def in_the_released_dialect(raw: dict) -> dict:
-    """transformers 5 writes `dtype` and `rope_parameters` where the released files have `torch_dtype`, `rope_theta`, `rope_scaling`."""
+    """The same settings under the keys of K2's own file: transformers 5 writes `dtype` for `torch_dtype`, and
+    `rope_parameters` for `rope_theta` and `rope_scaling`."""
     raw = dict(raw)
+    if raw.get("model_type") == "deepseek_v3":
+        raw.setdefault("rope_scaling", None)  # Moonlight's file lacks the key: its class then takes plain RoPE
     if "dtype" in raw and "torch_dtype" not in raw:
         raw["torch_dtype"] = raw.pop("dtype")
     if isinstance(raw.get("rope_parameters"), dict):

@@ -151,11 +151,15 @@ class Trainer:
 def save_state(trainer: Trainer, path: Path):
     """Write to a temporary file, flush it to the disk, then rename: a kill at any moment leaves the last state whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        torch.save(trainer.state(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(trainer.state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise K2Error(f"{path}: could not be written: {error}. The state before it is untouched; make room and run the same command again.") from None
 
 
 def read_state(path: Path) -> dict:

@@ -1,0 +1,162 @@
+"""The training run: schedule, balance, loss, and that it can be stopped anywhere."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import small_config
+
+import k2.training.pretraining as pretraining
+from k2 import K2Error
+from k2.model import K2
+from k2.training.pretraining import Balancer, Run, Trainer, initialize, learning_rate_factor, next_token_loss, save_state, train
+
+RUN = Run(steps=6, rows=3, window=16, warmup=2, save_every=2)
+
+
+def stream(length=4000):
+    return np.random.default_rng(0).integers(0, 97, length).astype(np.uint16)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()] + [r.e_score_correction_bias for r in trainer.balancer.routers])
+
+
+def test_the_schedule_warms_up_stays_and_decays_to_zero():
+    run = Run(steps=100, warmup=10, decay_share=0.3)
+    factors = [learning_rate_factor(step, run) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[69] == 1.0
+    assert abs(factors[85] - 0.5) < 1e-12 and factors[100] == 0.0
+
+
+def test_the_loss_starts_at_the_logarithm_of_the_vocabulary():
+    torch.manual_seed(0)
+    model = K2(small_config())
+    initialize(model, 0)
+    loss = next_token_loss(model, torch.from_numpy(stream(8 * 33).astype(np.int64).reshape(8, 33)))
+    assert abs(loss.item() / math.log(97) - 1) < 0.05, loss.item()
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    trainer = Trainer(small_config(), np.tile(stream(17), 3), Run(steps=120, rows=1, window=16, warmup=5))
+    trainer.windows.batch = lambda step, rows: stream(17).astype(np.int64)[None]
+    losses = [trainer.step()["loss"] for _ in range(120)]
+    assert losses[-1] < 0.05, f"loss {losses[-1]:.3f} after 120 steps, from {losses[0]:.2f}"
+
+
+def test_the_bias_moves_against_the_load_and_stays_where_the_load_is_equal():
+    model = K2(small_config())
+    balancer = Balancer(model, 16)
+    router = balancer.routers[0]
+    balancer.load_E[router] = torch.tensor([4.0, 0.0, 1.0, 2.0, 2.0, 2.0, 3.0])  # mean 2
+    busiest = balancer.step()
+    step = pretraining.BIAS_STEP
+    assert torch.equal(router.e_score_correction_bias, torch.tensor([-1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -1.0]) * step)
+    assert busiest == 2.0
+    assert not balancer.routers[1].e_score_correction_bias.any()  # no token came by: no load, nothing to balance
+
+
+def test_the_balance_loss_is_the_formula():
+    torch.manual_seed(0)
+    config = small_config()
+    model = K2(config).train()
+    initialize(model, 0)
+    balancer = Balancer(model, 16)
+    router = balancer.routers[0]
+    x = torch.randn(2 * 16, config.hidden_size)
+    ids, _ = router(x)
+    expected, scores = 0.0, router.scores(x)
+    for row in range(2):
+        rows = slice(row * 16, row * 16 + 16)
+        for e in range(7):
+            chosen = (ids[rows] == e).any(dim=1).double().sum().item() * 7 / (4 * 16)
+            share = (scores[rows, e] / scores[rows].sum(-1)).double().mean().item()
+            expected += chosen * share / 2
+    assert abs(balancer.loss().item() / (pretraining.ALPHA * expected) - 1) < 1e-5
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    whole = Trainer(small_config(), stream(), RUN)
+    train(whole, tmp_path / "whole.pt")
+    stopped = Trainer(small_config(), stream(), RUN)
+    for _ in range(3):
+        stopped.step()
+    save_state(stopped, tmp_path / "state.pt")
+    resumed = Trainer(small_config(), stream(), RUN)
+    train(resumed, tmp_path / "state.pt")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    trainer = Trainer(small_config(), stream(), RUN)
+    save_state(trainer, tmp_path / "state.pt")
+    with pytest.raises(K2Error, match="settings"):
+        train(Trainer(small_config(), stream(), Run(steps=7, rows=3, window=16)), tmp_path / "state.pt")
+
+
+def test_a_file_that_is_no_state_is_refused_in_one_line(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(K2Error) as error:
+        train(Trainer(small_config(), stream(), RUN), tmp_path / "state.pt")
+    assert "\n" not in str(error.value) and "state.pt" in str(error.value)
+
+
+def test_a_save_that_fails_leaves_the_last_state(tmp_path, monkeypatch):
+    trainer = Trainer(small_config(), stream(), RUN)
+    save_state(trainer, tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    trainer.step()
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretraining.os, "fsync", no_space)
+    with pytest.raises(K2Error, match="No space"):
+        save_state(trainer, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    trainer = Trainer(small_config(), stream(), RUN)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(K2Error, match="step 0"):
+        trainer.step()
+
+
+KILLED = """
+import sys, numpy as np
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from small import small_config
+from k2.training.pretraining import Run, Trainer, train
+stream = np.random.default_rng(0).integers(0, 97, 4000).astype(np.uint16)
+train(Trainer(small_config(), stream, Run(steps={steps}, rows=3, window=16, warmup=2, save_every=1)), Path({state!r}))
+"""
+
+
+def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(tmp_path):
+    here, state = Path(__file__).parent, tmp_path / "state.pt"
+    source = KILLED.format(tests=str(here), root=str(here.parent), steps=40, state=str(state))
+    child = subprocess.Popen([sys.executable, "-c", source], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    run = Run(steps=40, rows=3, window=16, warmup=2, save_every=1)
+    done = torch.load(state, weights_only=True)["step"]
+    assert 1 <= done < 40, f"killed after step {done}"
+    resumed, whole = Trainer(small_config(), stream(), run), Trainer(small_config(), stream(), run)
+    train(resumed, state)
+    train(whole, tmp_path / "whole.pt")
+    assert torch.equal(weights(resumed), weights(whole))

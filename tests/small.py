@@ -35,7 +35,10 @@ def small_config(**changes) -> K2Config:
 def random_config(seed: int) -> K2Config:
     """Other shapes and switches: no query latent in every third, no YaRN in every fourth, beta_fast 32, two shared experts."""
     rng = np.random.default_rng(seed)
-    between = lambda low, high: int(rng.integers(low, high + 1))  # noqa: E731
+
+    def between(low, high):
+        return int(rng.integers(low, high + 1))
+
     E, R, N = between(3, 17), 2 * between(1, 8), between(1, 24)
     yarn = replace(YARN, factor=float(rng.choice([2, 32, 64])), beta_fast=float(rng.choice([1, 32])), original_max_position_embeddings=between(8, 64))
     return small_config(
@@ -103,11 +106,13 @@ def assert_same(found, expected, where: str = ""):
 @contextlib.contextmanager
 def recorded_choices(model):
     """The expert ids that each router of `model` chooses in the one call made inside, by the name k2.reference gives the block."""
-    choices, handles = {}, []
-    for i, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "gate"):
-            keep = lambda _, __, result, name=f"model.layers.{i}.mlp": choices.__setitem__(name, result[0].numpy())  # noqa: E731
-            handles.append(layer.mlp.gate.register_forward_hook(keep))
+    names = {layer.mlp.gate: f"model.layers.{i}.mlp" for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+    choices = {}
+
+    def keep(router, _, result):
+        choices[names[router]] = result[0].numpy()
+
+    handles = [router.register_forward_hook(keep) for router in names]
     yield choices
     for handle in handles:
         handle.remove()
@@ -124,8 +129,8 @@ def reference_logits(model, ids, choices=None, tolerance: float = 1e-5) -> np.nd
         held_TK = choices[name]
         scores_TE = reference.sigmoid(x_TD @ weights[f"{name}.gate.weight"].T)
         biased_TE = scores_TE + weights[f"{name}.gate.e_score_correction_bias"]
-        worst = lambda ids_TK: np.take_along_axis(biased_TE, ids_TK, axis=-1).min(axis=-1)  # noqa: E731
-        shortfall = float(np.max(worst(free_TK) - worst(held_TK)))
+        worst_free_T, worst_held_T = (np.take_along_axis(biased_TE, ids_TK, axis=-1).min(axis=-1) for ids_TK in (free_TK, held_TK))
+        shortfall = float(np.max(worst_free_T - worst_held_T))
         assert shortfall <= tolerance, f"{name}: an expert was chosen that scores {shortfall:.3g} too little, limit {tolerance:.3g}"
         weights_TK = np.take_along_axis(scores_TE, held_TK, axis=-1)
         return held_TK, config.routed_scaling_factor * weights_TK / weights_TK.sum(axis=-1, keepdims=True)

@@ -1,0 +1,258 @@
+"""FP8 and INT4, against decoders written by hand from the formats' definitions; equal means equal bit for bit."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small import assert_same, relative_error
+
+from k2.quantization import (
+    FP8Linear,
+    INT4Linear,
+    fp8_dequantize,
+    fp8_quantize,
+    fp8_values,
+    int4_dequantize,
+    int4_quantize,
+    int4_unpack,
+)
+
+RAGGED = [(200, 300), (128, 128), (1, 1), (576, 130), (129, 5), (64, 257)]  # 576 rows: kv_a_proj_with_mqa's five blocks
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def e4m3(code: int) -> float:
+    """float8_e4m3fn by its definition: sign, 4 bits of exponent with bias 7, 3 of fraction; no infinity, one NaN per sign."""
+    sign, exponent, fraction = (-1.0 if code & 0x80 else 1.0), code >> 3 & 15, code & 7
+    if exponent == 15 and fraction == 7:
+        return math.nan
+    return sign * (fraction * 2.0**-9 if exponent == 0 else (8 + fraction) * 2.0 ** (exponent - 10))
+
+
+def codes_and_scales(rows: int, columns: int, seed=0):
+    """Random codes without NaN, and a different scale for every block."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[codes & 0x7F == 0x7F] = 0x7E
+    scales = torch.rand(math.ceil(rows / 128), math.ceil(columns / 128), generator=generator) * 1e-3 + 1e-5
+    return codes.view(torch.float8_e4m3fn), scales
+
+
+def written_out(codes, scales) -> torch.Tensor:
+    """Dequantisation as the format's description says it: one element after the other, each product rounded to float32."""
+    value, table, numbers = np.empty(codes.shape, np.float32), scales.numpy(), codes.view(torch.uint8).numpy()
+    for r in range(codes.shape[0]):
+        for c in range(codes.shape[1]):
+            value[r, c] = np.float32(e4m3(int(numbers[r, c]))) * table[r // 128, c // 128]
+    return torch.from_numpy(value)
+
+
+# ---- FP8 ----
+
+
+def test_all_256_codes_of_e4m3_have_the_value_that_the_format_defines():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found = (fp8_values(codes).double() * 2.0**120).tolist()
+    expected = [e4m3(code) for code in range(256)]
+    wrong = [(hex(i), a, b) for i, (a, b) in enumerate(zip(found, expected)) if not (a == b or math.isnan(a) and math.isnan(b))]
+    assert not wrong, wrong
+    assert math.isnan(expected[0x7F]) and math.isnan(expected[0xFF]) and max(e for e in expected if e == e) == 448.0
+
+
+def test_the_sign_of_zero_survives():
+    zeros = fp8_dequantize(torch.tensor([[0x00, 0x80]], dtype=torch.uint8).view(torch.float8_e4m3fn), torch.tensor([[0.5]]))
+    assert zeros.tolist() == [[0.0, 0.0]] and zeros.signbit().tolist() == [[False, True]]
+
+
+def test_a_nan_code_stays_nan_and_its_neighbours_do_not():
+    codes, scales = codes_and_scales(130, 140)
+    codes.view(torch.uint8)[129, 7] = 0xFF
+    weight = fp8_dequantize(codes, scales)
+    assert weight.isnan().nonzero().tolist() == [[129, 7]]
+
+
+@pytest.mark.parametrize("rows, columns", RAGGED)
+def test_dequantisation_is_the_plain_double_loop_bit_for_bit(rows, columns):
+    codes, scales = codes_and_scales(rows, columns)
+    expected = written_out(codes, scales)
+    assert_same(fp8_dequantize(codes, scales), expected, "float32")
+    assert_same(fp8_dequantize(codes, scales, torch.float64), expected.double(), "float64")
+    assert_same(fp8_dequantize(codes, scales, torch.bfloat16), expected.bfloat16(), "bfloat16, rounded once")
+
+
+def test_scales_from_the_smallest_to_the_limit_are_exact():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[None]
+    for scale in (2.0**-117, 2.0**-60, 1e-4, 1.0, 127.99999):
+        found = fp8_dequantize(codes, torch.tensor([[scale, scale]]))
+        expected = torch.tensor([[e4m3(c) for c in range(256)]], dtype=torch.float32) * torch.tensor(scale)
+        assert torch.equal(found.nan_to_num(9e9), expected.nan_to_num(9e9)), scale
+
+
+def test_a_scale_touches_its_own_block_and_no_other():
+    codes, scales = codes_and_scales(200, 300)
+    before = fp8_dequantize(codes, scales)
+    for b in range(scales.shape[0]):
+        for g in range(scales.shape[1]):
+            doubled = scales.clone()
+            doubled[b, g] *= 2
+            expected = before.clone()
+            expected[b * 128 : (b + 1) * 128, g * 128 : (g + 1) * 128] *= 2
+            assert_same(fp8_dequantize(codes, doubled), expected, f"block {b}, {g}")
+
+
+@pytest.mark.parametrize("rows, columns", RAGGED)
+def test_quantising_what_was_dequantised_gives_the_same_bits(rows, columns):
+    codes, scales = fp8_quantize(normal(rows, columns))
+    again, scales_again = fp8_quantize(fp8_dequantize(codes, scales))
+    assert_same(again.view(torch.uint8), codes.view(torch.uint8), "codes")
+    assert_same(scales_again, scales, "scales")
+
+
+def test_quantisation_takes_the_nearest_code_and_maps_each_blocks_largest_to_448():
+    weight = normal(200, 300)
+    codes, scales = fp8_quantize(weight)
+    assert codes.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32 and scales.shape == (2, 3)
+    finite = torch.tensor([e4m3(code) for code in range(256) if code & 0x7F != 0x7F])
+    for b in range(2):
+        for g in range(3):
+            block = (slice(b * 128, (b + 1) * 128), slice(g * 128, (g + 1) * 128))
+            assert codes[block].float().abs().max() == 448
+            wanted = weight[block] / scales[b, g]
+            nearest = (wanted.unsqueeze(-1) - finite).abs().amin(-1)
+            assert_same((wanted - codes[block].float()).abs(), nearest, f"block {b}, {g}: distance to the nearest code")
+
+
+def test_a_block_of_zeros_stays_zero_and_disturbs_nobody():
+    weight = normal(256, 256)
+    weight[128:, :128] = 0
+    codes, scales = fp8_quantize(weight)
+    restored = fp8_dequantize(codes, scales)
+    assert restored.isfinite().all() and not restored[128:, :128].any()
+    assert restored[:128].any() and restored[128:, 128:].any()
+
+
+def test_fp8_costs_normal_weights_2_6_percent():
+    weight = normal(512, 512)
+    error = float((fp8_dequantize(*fp8_quantize(weight)) - weight).norm() / weight.norm())
+    assert 0.025 < error < 0.028, f"relative error {error:.4f}"
+
+
+# ---- INT4 ----
+
+
+def hand_packed(values) -> int:
+    """Eight integers -8 ... 7 as one signed 32-bit word: value + 8 in a nibble, the first in the lowest bits."""
+    word = sum(value + 8 << 4 * k for k, value in enumerate(values))
+    return struct.unpack("<i", struct.pack("<I", word))[0]
+
+
+def test_a_word_packed_by_hand_comes_apart_in_order():
+    # the nibbles 0x0 0x1 0x7 0x8 0x9 0xA 0xC 0xF from the lowest: as bytes 10 87 a9 fc
+    word = struct.unpack("<i", bytes.fromhex("1087a9fc"))[0]
+    assert word < 0, "the last nibble sets the sign of the word, and must not leak into the value"
+    assert int4_unpack(torch.tensor([[word]], dtype=torch.int32)).tolist() == [[-8, -7, -1, 0, 1, 2, 4, 7]]
+
+
+def test_the_nibble_is_offset_binary_and_not_twos_complement():
+    words = torch.tensor([[hand_packed([0] * 8)], [0], [-1]], dtype=torch.int32)
+    assert words[0, 0] == struct.unpack("<i", bytes.fromhex("88888888"))[0]
+    assert int4_unpack(words).tolist() == [[0] * 8, [-8] * 8, [7] * 8]
+
+
+def random_int4(rows: int, columns: int, seed=0):
+    """Integers -8 ... 7, their words packed by hand, and a bfloat16 scale for each 32 of a row."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (rows, columns), generator=generator)
+    words = [[hand_packed(row[i : i + 8]) for i in range(0, columns, 8)] for row in values.tolist()]
+    scales = (torch.rand(rows, columns // 32, generator=generator) * 1e-2 + 1e-3).bfloat16()
+    return values, torch.tensor(words, dtype=torch.int32), scales
+
+
+def test_every_number_of_a_matrix_gets_the_scale_of_its_own_32_inputs():
+    values, words, scales = random_int4(5, 160)
+    expected = torch.empty(5, 160)
+    for r in range(5):
+        for c in range(160):
+            expected[r, c] = values[r, c].float() * scales[r, c // 32].float()
+    assert_same(int4_dequantize(words, scales), expected, "float32")
+    assert_same(int4_dequantize(words, scales, torch.bfloat16), expected.bfloat16(), "bfloat16, rounded once")
+
+
+def test_int4_quantisation_rounds_to_nearest_and_maps_each_groups_largest_to_7():
+    weight = normal(6, 96)
+    words, scales = int4_quantize(weight)
+    assert words.dtype == torch.int32 and words.shape == (6, 12) and scales.dtype == torch.bfloat16 and scales.shape == (6, 3)
+    values, groups = int4_unpack(words).unflatten(-1, (-1, 32)), weight.unflatten(-1, (-1, 32))
+    assert_same(values.abs().amax(-1), torch.full((6, 3), 7, dtype=torch.int32), "largest")
+    assert_same(scales, (groups.abs().amax(-1) / 7).bfloat16(), "scales")
+    off = float((values - groups / scales.float().unsqueeze(-1)).abs().max())
+    assert off <= 0.5, f"a value was rounded by {off}"
+
+
+def test_packing_what_was_unpacked_gives_the_same_bits():
+    words, scales = int4_quantize(normal(7, 256))
+    again, scales_again = int4_quantize(int4_dequantize(words, scales))
+    assert_same(again, words, "words")
+    assert_same(scales_again, scales, "scales")
+    values, _, _ = random_int4(3, 64)
+    values[:, ::32] = 7  # a group without its 7 would get another scale
+    values.clamp_(-7, 7)
+    words, _ = int4_quantize(values.float())
+    assert_same(int4_unpack(words), values.to(torch.int32), "integers with scale 1")
+
+
+def test_a_group_of_zeros_stays_zero():
+    weight = normal(2, 64)
+    weight[0, :32] = 0
+    restored = int4_dequantize(*int4_quantize(weight))
+    assert restored.isfinite().all() and not restored[0, :32].any() and restored[0, 32:].any()
+
+
+def test_int4_costs_normal_weights_9_4_percent():
+    weight = normal(512, 512)
+    error = float((int4_dequantize(*int4_quantize(weight)) - weight).norm() / weight.norm())
+    assert 0.088 < error < 0.1, f"relative error {error:.4f}"
+
+
+# ---- the Linears ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_fp8_linear_is_f_linear_with_the_dequantised_matrix(dtype):
+    codes, scales = codes_and_scales(140, 200)
+    x = normal(2, 3, 200).to(dtype)
+    assert_same(FP8Linear(codes, scales)(x), F.linear(x, written_out(codes, scales).to(dtype)), str(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_int4_linear_is_f_linear_with_the_dequantised_matrix(dtype):
+    values, words, scales = random_int4(9, 64)
+    x = normal(2, 3, 64).to(dtype)
+    expected = (values.float().unflatten(-1, (-1, 32)) * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    linear = INT4Linear(words, scales, torch.tensor([9, 64], dtype=torch.int32))
+    assert_same(linear(x), F.linear(x, expected), str(dtype))
+
+
+def test_the_linears_keep_their_weights_at_rest_under_the_checkpoints_names():
+    fp8 = FP8Linear(*codes_and_scales(130, 130))
+    int4 = INT4Linear(*random_int4(4, 32)[1:], torch.tensor([4, 32], dtype=torch.int32))
+    dtypes = {name: tensor.dtype for module in (fp8, int4) for name, tensor in module.state_dict().items()}
+    assert dtypes == {
+        "weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32,
+        "weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int32,
+    }  # fmt: skip
+    assert not any(parameter.requires_grad for module in (fp8, int4) for parameter in module.parameters())
+
+
+def test_products_with_quantised_weights_differ_from_the_originals_by_the_weights_own_error():
+    weight, x = normal(256, 256), normal(16, 256, seed=1)
+    expected = F.linear(x, weight)
+    for linear, low, high in ((FP8Linear(*fp8_quantize(weight)), 0.02, 0.035), (INT4Linear(*int4_quantize(weight), torch.tensor([256, 256])), 0.07, 0.13)):
+        error = relative_error(linear(x), expected)
+        assert low < error < high, f"{type(linear).__name__}: relative error {error:.4f}"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import K2Config
-from .kv_cache import LayerCache
+from .kv_cache import NO_CACHE, LayerCache, NoCache
 from .norm import RMSNorm
 from .rope import rotate
 
@@ -77,11 +77,9 @@ class MultiHeadLatentAttention(nn.Module):
         """All heads' queries side by side, (..., T, H x A), not yet rotated."""
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
 
-    def forward(self, x_TD, cos_TP, sin_TP, cache: LayerCache | None = None):
+    def forward(self, x_TD, cos_TP, sin_TP, cache: LayerCache | NoCache = NO_CACHE):
         q_nope_HTN, q_rope_HTR = self.queries(x_TD, cos_TP, sin_TP)
-        c_kv_SC, k_rope_SR = self.latents(x_TD, cos_TP, sin_TP)
-        if cache is not None:
-            c_kv_SC, k_rope_SR = cache.append(c_kv_SC, k_rope_SR)
+        c_kv_SC, k_rope_SR = cache.append(*self.latents(x_TD, cos_TP, sin_TP))
         # One new token: expanding all S keys and values for it would cost far more than absorbing.
         attend = self.absorbed if x_TD.shape[-2] == 1 else self.expanded
         mixed_HTV = attend(q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR)

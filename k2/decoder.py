@@ -16,7 +16,7 @@ from torch import nn
 from .attention import DirectQueryAttention, MultiHeadLatentAttention
 from .config import K2Config
 from .expert import Expert
-from .kv_cache import LayerCache
+from .kv_cache import NO_CACHE, LayerCache, NoCache
 from .moe import MoE
 from .norm import RMSNorm
 
@@ -33,6 +33,6 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Expert(config.hidden_size, config.intermediate_size) if dense else MoE(config, layer)
 
-    def forward(self, x_TD, cos_TP, sin_TP, cache: LayerCache | None = None):
+    def forward(self, x_TD, cos_TP, sin_TP, cache: LayerCache | NoCache = NO_CACHE):
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TP, sin_TP, cache)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))

@@ -50,6 +50,26 @@ def with_room(old_SI, new_TI, length: int, end: int):
     return room_SI
 
 
+class NoCache:
+    """Stands where no past is kept, for training and for one-off calls: gives back what it is given, holds nothing."""
+
+    length = 0
+
+    def layer(self, index: int) -> "NoCache":
+        """The same for every layer."""
+        return self
+
+    def append(self, c_kv_TC, k_rope_TR):
+        """The new tokens are all there is: S = T."""
+        return c_kv_TC, k_rope_TR
+
+    def advance(self, tokens: int):
+        """Nothing to count."""
+
+
+NO_CACHE = NoCache()
+
+
 class LatentCache:
     """All layers' past for one sequence, or for one batch of equally long ones. Empty when made."""
 
@@ -60,6 +80,10 @@ class LatentCache:
     def length(self) -> int:
         """How many tokens are held; the next call's first position."""
         return self.layers[0].length
+
+    def layer(self, index: int) -> LayerCache:
+        """The past of one layer."""
+        return self.layers[index]
 
     def advance(self, tokens: int):
         """Count `tokens` more as past, in every layer at once."""

@@ -15,7 +15,7 @@ from torch import nn
 from .config import K2Config, K2Error
 from .decoder import DecoderLayer
 from .embedding import Embedding, OutputHead
-from .kv_cache import LatentCache
+from .kv_cache import NO_CACHE, LatentCache, NoCache
 from .norm import RMSNorm
 from .rope import rope_angles, rope_frequencies
 
@@ -30,15 +30,13 @@ class Body(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies_P = rope_frequencies(config)  # no parameter and no buffer: float64, whatever the weights are
 
-    def forward(self, ids_T, cache: LatentCache | None = None):
-        start, T = (cache.length if cache else 0), ids_T.shape[-1]
-        caches = cache.layers if cache else [None] * len(self.layers)
-        cos_TP, sin_TP = rope_angles(self.frequencies_P, start, T, ids_T.device)
+    def forward(self, ids_T, cache: LatentCache | NoCache = NO_CACHE):
+        T = ids_T.shape[-1]
+        cos_TP, sin_TP = rope_angles(self.frequencies_P, cache.length, T, ids_T.device)
         x_TD = self.embed_tokens(ids_T)
-        for layer, layer_cache in zip(self.layers, caches):
-            x_TD = layer(x_TD, cos_TP, sin_TP, layer_cache)
-        if cache:
-            cache.advance(T)
+        for i, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, cos_TP, sin_TP, cache.layer(i))
+        cache.advance(T)
         return self.norm(x_TD)
 
 
@@ -58,10 +56,11 @@ class K2(nn.Module):
         be 86 GB: generation asks for slice(-1, None). Raises K2Error for ids that have no row in the embedding, and for
         a call that would pass the context.
         """
+        cache = cache or NO_CACHE
         ids_T = self.checked(ids, cache)
         return self.lm_head(self.model(ids_T, cache)[..., positions, :])
 
-    def checked(self, ids, cache):
+    def checked(self, ids, cache: LatentCache | NoCache):
         """ids as a tensor on the head's device, or a K2Error."""
         c = self.config
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.ndim == 0 or ids.shape[-1] == 0:
@@ -69,7 +68,7 @@ class K2(nn.Module):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= c.vocab_size:
             raise K2Error(f"ids: found {low if low < 0 else high}; expected 0 to {c.vocab_size - 1}, the rows of the embedding. Was the text encoded with this checkpoint's tokenizer?")
-        end = (cache.length if cache else 0) + ids.shape[-1]
+        end = cache.length + ids.shape[-1]
         if end > c.max_position_embeddings:
             raise K2Error(f"context: {end} tokens; expected at most max_position_embeddings = {c.max_position_embeddings}. Shorten the prompt.")
         return ids.to(self.lm_head.weight.device)

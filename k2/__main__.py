@@ -128,21 +128,21 @@ def stream(new_ids, tokenizer: Tokenizer):
 def add_train(commands):
     """python -m k2 train"""
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources", description="Train a model of K2-mini's config; resumes if --out holds a state.")
-    sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint/")
+    sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint-fp8 and -bf16")
     sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
-    for name, default in (("steps", 1400), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
+    for name, default in (("steps", 1200), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
         sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
     sub.add_argument("--lr", type=float, default=1e-2, help="Muon's learning rate")
     sub.set_defaults(run=run_train)
 
 
 def run_train(options):
-    """Tokenizer, then tokens, then the run, then an FP8 checkpoint."""
+    """Tokenizer, then tokens, then the run, then two checkpoints."""
     from .training import pretraining
 
     run = pretraining.Run(options.steps, options.rows, options.window, options.lr, seed=options.seed, save_every=options.save_every)
-    directory = pretraining.make_checkpoint(K2Config.from_json(options.config), Path(options.out), run)
-    print(f"{directory}: done; try python -m k2 evaluate --model {directory}", file=sys.stderr)
+    pretraining.make_checkpoint(K2Config.from_json(options.config), Path(options.out), run)
+    print(f"done; try: python -m k2 evaluate --model {options.out}/checkpoint-fp8", file=sys.stderr)
 
 
 def add_evaluate(commands):

@@ -188,16 +188,17 @@ def train(trainer: Trainer, state_path: Path):
             save_state(trainer, state_path)
 
 
-def make_checkpoint(config: K2Config, out: Path, run: Run) -> Path:
-    """The whole way from this machine's Python sources to a checkpoint in `out`/checkpoint: what `python -m k2 train` does."""
+def make_checkpoint(config: K2Config, out: Path, run: Run):
+    """From this machine's Python sources to `out`/checkpoint-fp8 and, to compare with, `out`/checkpoint-bf16: what
+    `python -m k2 train` does."""
     out.mkdir(parents=True, exist_ok=True)
     files = prepare_text(config, out)
     trainer = Trainer(config, np.load(out / "tokens.npy"), run)
     train(trainer, out / "state.pt")
     stops = [config.eos_token_id + 1, config.eos_token_id]  # <|im_end|> and [EOS]
     files["generation_config.json"] = json.dumps({"max_length": config.max_position_embeddings, "eos_token_id": stops}, indent=2) + "\n"
-    save(trainer.model, out / "checkpoint", format=config.weight_format if config.weight_format != "plain" else "bf16", shards=min(3, config.num_hidden_layers), files=files)
-    return out / "checkpoint"
+    for format in ("fp8", "bf16"):
+        save(trainer.model, out / f"checkpoint-{format}", format, shards=min(3, config.num_hidden_layers), files=files)
 
 
 def prepare_text(config: K2Config, out: Path) -> dict[str, str]:

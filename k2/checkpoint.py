@@ -370,7 +370,7 @@ def write_shards(model: K2, config: K2Config, file_of: dict[str, str], folder: P
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
         os.chmod(folder / file, 0o644)  # the library leaves them readable by their owner alone
-        with open(folder / file, "rb") as written:
+        with open(folder / file, "rb+") as written:
             os.fsync(written.fileno())
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
     write_through(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())

@@ -28,15 +28,15 @@ def orthogonalized(gradient_OI, steps: int = 5):
     Works on stacks of matrices. It only has to bring values near 1, so bfloat16 suffices where a GPU is fast at it; a
     CPU without bfloat16 instructions would take ten times as long as with float32.
     """
+    if gradient_OI.shape[-2] > gradient_OI.shape[-1]:
+        return orthogonalized(gradient_OI.mT, steps).mT  # the Gram matrix of the shorter side is the smaller one
     a, b, c = QUINTIC
     x_OI = gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
-    tall = x_OI.shape[-2] > x_OI.shape[-1]
-    x_OI = x_OI.mT if tall else x_OI  # the Gram matrix of the shorter side is the smaller one
     for _ in range(steps):
         gram_OO = x_OI @ x_OI.mT
         x_OI = a * x_OI + (b * gram_OO + c * gram_OO @ gram_OO) @ x_OI
-    return (x_OI.mT if tall else x_OI).to(gradient_OI.dtype)
+    return x_OI.to(gradient_OI.dtype)
 
 
 def parameter_groups(model: K2) -> tuple[list, list]:
@@ -129,11 +129,9 @@ class QKClip:
     def _watch(self, layer):
         @torch.no_grad()
         def watch(dot_product: ScaledDotProduct, q_k_v):
-            if not torch.is_grad_enabled() and not layer.training:
-                return
-            max_H = largest_logits(q_k_v[0], q_k_v[1], dot_product.scale)
-            old_H = self.max_logits.get(layer, max_H)
-            self.max_logits[layer] = torch.maximum(old_H, max_H)
+            if layer.training:
+                max_H = largest_logits(q_k_v[0], q_k_v[1], dot_product.scale)
+                self.max_logits[layer] = torch.maximum(self.max_logits.get(layer, max_H), max_H)
 
         return watch
 
@@ -151,15 +149,14 @@ class QKClip:
 
 def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 256):
     """max over batch and causal pairs of scale q.k, per head (H,); a few hundred query rows at a time, never T x S."""
-    T, S = q_HTA.shape[-2], k_HSA.shape[-2]
-    position_S = torch.arange(S, device=q_HTA.device)
+    H, T, S = q_HTA.shape[-3], q_HTA.shape[-2], k_HSA.shape[-2]
     largest = []
     for start in range(0, T, rows):
         end = min(start + rows, T)
-        visible_TS = position_S[: S - T + end] <= position_S[S - T + start : S - T + end, None]
-        logits_HTS = (q_HTA[..., start:end, :] @ k_HSA[..., : S - T + end, :].mT).float() * scale
-        logits_HTS = logits_HTS.masked_fill(~visible_TS, -torch.inf)
-        largest.append(logits_HTS.amax(dim=(-2, -1)).flatten(0, -2).amax(dim=0) if logits_HTS.ndim > 3 else logits_HTS.amax(dim=(-2, -1)))
+        seen = S - T + end  # no row of this block looks further
+        logits_HMS = (q_HTA[..., start:end, :] @ k_HSA[..., :seen, :].mT).float() * scale
+        future_MS = torch.ones(end - start, seen, dtype=torch.bool, device=q_HTA.device).triu(S - T + start + 1)
+        largest.append(logits_HMS.masked_fill(future_MS, -torch.inf).amax(dim=(-2, -1)).reshape(-1, H).amax(dim=0))
     return torch.stack(largest).amax(dim=0)
 
 

@@ -102,10 +102,10 @@ class Balancer:
         return busiest
 
 
-def next_token_loss(model: K2, windows_BT):
+def next_token_loss(model: K2, windows):
     """Mean cross-entropy in nats of each window's tokens given those before; windows (batch, T + 1) int64."""
-    logits_TW = model(windows_BT[:, :-1]).flatten(0, 1)
-    return F.cross_entropy(logits_TW, windows_BT[:, 1:].flatten())
+    logits_TW = model(windows[:, :-1]).flatten(0, 1)
+    return F.cross_entropy(logits_TW, windows[:, 1:].flatten())
 
 
 class Trainer:

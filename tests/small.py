@@ -39,7 +39,7 @@ def random_config(seed: int) -> K2Config:
     def between(low, high):
         return int(rng.integers(low, high + 1))
 
-    E, R, N = between(3, 17), 2 * between(1, 8), between(1, 24)
+    E, R, N = between(3, 14), 2 * between(1, 8), between(1, 24)
     yarn = replace(YARN, factor=float(rng.choice([2, 32, 64])), beta_fast=float(rng.choice([1, 32])), original_max_position_embeddings=between(8, 64))
     return small_config(
         vocab_size=between(20, 120), hidden_size=between(8, 64), intermediate_size=between(5, 80), moe_intermediate_size=between(3, 40),
@@ -53,16 +53,20 @@ def random_config(seed: int) -> K2Config:
 
 
 def random_model(config: K2Config, seed: int = 0, dtype=torch.float32) -> K2:
+    """A whole model with random weights; see `randomised`."""
+    return randomised(K2(config), seed, dtype)
+
+
+@torch.no_grad()
+def randomised(module, seed: int = 0, dtype=torch.float32):
     """Matrices of gain 1, norm weights around 1, a router bias as wide as the scores' spread; the same for every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    model = K2(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise if "embed_tokens" in name else noise * parameter.shape[-1] ** -0.5)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
-    return model.to(dtype)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise if "embed_tokens" in name else noise * parameter.shape[-1] ** -0.5)
+    for buffer in module.buffers():
+        buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+    return module.to(dtype)
 
 
 def random_ids(config: K2Config, *shape: int, seed: int = 0):
@@ -70,9 +74,12 @@ def random_ids(config: K2Config, *shape: int, seed: int = 0):
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def numpy_weights(model) -> dict:
-    """The weights as k2.reference wants them: exactly the model's own values, as float64 arrays under the checkpoint's names."""
-    return {name: tensor.detach().double().cpu().numpy() for name, tensor in model.state_dict().items()}
+def numpy_weights(module, prefix: str = "") -> dict:
+    """The weights as k2.reference wants them: exactly the module's own values, as float64 arrays under the checkpoint's names.
+
+    `prefix` is what stands before the names where the module is a part of the model, as in "model.layers.0.".
+    """
+    return {prefix + name: tensor.detach().double().cpu().numpy() for name, tensor in module.state_dict().items()}
 
 
 def as_float64(values) -> np.ndarray:
@@ -140,3 +147,26 @@ def reference_logits(model, ids, choices=None, tolerance: float = 1e-5) -> np.nd
         return reference.logits(model.config, weights, as_float64(ids).astype(int))
     finally:
         reference.route = plain
+
+
+def rotary_tables(config: K2Config, start: int, tokens: int, dtype):
+    """cos and sin (T, P) of the positions, as precise as `dtype` and at least float32, without k2.rope's own tables."""
+    angle_TP = (start + np.arange(tokens))[:, None] * reference.rope_frequencies(config)
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.from_numpy(np.cos(angle_TP)).to(wide), torch.from_numpy(np.sin(angle_TP)).to(wide)
+
+
+def numbers(*shape: int, seed: int = 0, dtype=torch.float64):
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_gradients_are_right(module, *inputs, constants=()):
+    """Derivatives by the inputs and by every parameter against finite differences, float64."""
+    names, parameters = zip(*((name, p.detach().requires_grad_()) for name, p in module.named_parameters()))
+    inputs = [x.clone().requires_grad_() for x in inputs]
+
+    def call(*values):
+        return torch.func.functional_call(module, dict(zip(names, values)), (*values[len(names) :], *constants))
+
+    assert torch.autograd.gradcheck(call, (*parameters, *inputs), eps=1e-6, atol=1e-6, rtol=1e-5)

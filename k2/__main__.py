@@ -21,6 +21,8 @@ DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": 
 
 def main(arguments=None) -> int:
     """Run one command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
+    for standard in (sys.stdout, sys.stderr):
+        standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
@@ -66,15 +68,15 @@ def read_prompt(options) -> str:
     """The prompt from the argument, a file or standard input, exactly as it stands."""
     if (options.prompt is None) == (options.prompt_file is None):
         raise K2Error("generate: expected a prompt or --prompt-file, found both or neither. Write: python -m k2 generate \"def \"")
-    if options.prompt_file is None and options.prompt != "-":
-        return options.prompt
     path = options.prompt_file
     if path is not None and not Path(path).is_file():
         raise K2Error(f"{path}: expected a text file, found {'something else' if Path(path).exists() else 'nothing'}. Give an existing file to --prompt-file.")
+    source = path or ("standard input" if options.prompt == "-" else "the prompt")
     try:
-        return (sys.stdin.buffer.read() if path is None else Path(path).read_bytes()).decode("utf-8")
+        given = Path(path).read_bytes() if path else sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
+        return given.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise K2Error(f"{path or 'standard input'}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}. Convert it to UTF-8.") from None
+        raise K2Error(f"{source}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}. Convert it to UTF-8.") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,7 +132,7 @@ def add_train(commands):
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources", description="Train a model of K2-mini's config; resumes if --out holds a state.")
     sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint-fp8 and -bf16")
     sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
-    for name, default in (("steps", 1200), ("rows", 16), ("window", 256), ("seed", 0), ("save-every", 100)):
+    for name, default in (("steps", 3000), ("rows", 16), ("window", 256), ("stretch", 4), ("seed", 0), ("save-every", 100)):
         sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
     sub.add_argument("--lr", type=float, default=1e-2, help="Muon's learning rate")
     sub.set_defaults(run=run_train)
@@ -140,7 +142,7 @@ def run_train(options):
     """Tokenizer, then tokens, then the run, then two checkpoints."""
     from .training import pretraining
 
-    run = pretraining.Run(options.steps, options.rows, options.window, options.lr, seed=options.seed, save_every=options.save_every)
+    run = pretraining.Run(options.steps, options.rows, options.window, options.lr, stretch=options.stretch, seed=options.seed, save_every=options.save_every)
     pretraining.make_checkpoint(K2Config.from_json(options.config), Path(options.out), run)
     print(f"done; try: python -m k2 evaluate --model {options.out}/checkpoint-fp8", file=sys.stderr)
 

@@ -183,6 +183,8 @@ CONSTRAINTS = (
     *(_positive(f) for f in """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers
       num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts
       num_experts_per_tok max_position_embeddings routed_scaling_factor rms_norm_eps""".split()),
+    ("num_hidden_layers", lambda c: c.num_hidden_layers <= 1000, "at most 1000"),
+    ("n_routed_experts", lambda c: c.n_routed_experts <= 100_000, "at most 100000"),
     ("q_lora_rank", lambda c: c.q_lora_rank is None or c.q_lora_rank > 0, "a positive number or null"),
     ("qk_rope_head_dim", lambda c: c.qk_rope_head_dim % 2 == 0, "an even number, since dimensions rotate in pairs"),
     ("num_key_value_heads", lambda c: c.num_key_value_heads == c.num_attention_heads, "num_attention_heads, as latent attention has no grouped heads"),
@@ -203,7 +205,7 @@ def read_json_object(path: Path) -> dict:
         raise K2Error(f"{path}: expected a regular file, found {'something else' if path.exists() else 'nothing'}. Point --model at a checkpoint directory.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise K2Error(f"{path}: expected JSON, found: {error}. Fetch the file again.") from None
     if not isinstance(value, dict):
         raise K2Error(f"{path}: expected a JSON object, found {type(value).__name__}. Fetch the file again.")
@@ -216,10 +218,12 @@ def text_part(raw: dict, where: str) -> tuple[dict, str]:
         inner = raw.get("text_config")
         if not isinstance(inner, dict):
             raise K2Error(f"{where}: model_type kimi_k25 without text_config; expected an object there. Fetch the file again.")
-        return inner, "language_model."
+        raw, where, prefix = inner, f"{where}: text_config", "language_model."
+    else:
+        prefix = ""
     if raw.get("model_type") not in MODEL_TYPES:
         raise K2Error(f"{where}: model_type is {raw.get('model_type')!r}; expected one of {', '.join(MODEL_TYPES)}, kimi_k25. This is not a K2 family checkpoint.")
-    return raw, ""
+    return raw, prefix
 
 
 def in_the_released_dialect(raw: dict) -> dict:
@@ -252,6 +256,7 @@ def refuse_what_is_not_implemented(raw: dict, where: str):
             raise K2Error(f"{where}: {key} is {raw[key]!r}; only {implemented!r} is implemented. Another architecture needs other code.")
 
 
+LARGEST = 1e12  # no size, id or base of a real model comes near; a damaged number does, and would take all memory
 MAY_BE_ABSENT = ("pad_token_id", "quantization_config")  # absent in the released files where they do not apply
 
 
@@ -263,8 +268,9 @@ def take(raw: dict, key: str, where: str):
         raise K2Error(f"{where}: {key} is missing and has no safe default. Take the value from the model's own config.json.")
     annotation = K2Config.__dataclass_fields__[key].type if key in K2Config.__dataclass_fields__ else YarnScaling.__dataclass_fields__[key].type
     value = raw[key]
-    allowed = {int: (int,), float: (int, float), str: (str,)}.get(annotation, (int, dict, type(None)))
-    number_is_bad = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    # The keys that may be null are checked further where they are read: yarn_from, quantization_from.
+    allowed = {int: (int,), float: (int, float), str: (str,), int | None: (int, type(None))}.get(annotation, object)
+    number_is_bad = isinstance(value, bool) or (isinstance(value, (int, float)) and not abs(value) < LARGEST)
     if number_is_bad or not isinstance(value, allowed):
         raise K2Error(f"{where}: {key} is {value!r}; expected {getattr(annotation, '__name__', annotation)}. Take the value from the model's own config.json.")
     return float(value) if annotation is float else value
@@ -274,9 +280,8 @@ def yarn_from(raw, where: str) -> YarnScaling | None:
     """rope_scaling: null for a model without it, or YaRN. Nothing else is implemented."""
     if raw is None:
         return None
-    kind = raw.get("type", raw.get("rope_type")) if isinstance(raw, dict) else raw
-    if kind != "yarn":
-        raise K2Error(f"{where}: rope_scaling is of type {kind!r}; only 'yarn' or null is implemented.")
+    if not isinstance(raw, dict) or raw.get("type", raw.get("rope_type")) != "yarn":
+        raise K2Error(f"{where}: rope_scaling is {raw!r}; only type 'yarn' or null is implemented.")
     names = {f.name for f in fields(YarnScaling)}
     unknown = raw.keys() - names - {"type", "rope_type"}
     if unknown:
@@ -293,17 +298,19 @@ def quantization_from(raw, where: str) -> dict | None:
     """quantization_config: null, FP8 in 128 x 128 blocks (K2, 0905), or INT4 packed in groups of 32 (Thinking, K2.5)."""
     if raw is None:
         return None
-    method = raw.get("quant_method") if isinstance(raw, dict) else raw
+    method = raw.get("quant_method") if isinstance(raw, dict) else None
     if method == "fp8":
         expected = {"fmt": "e4m3", "weight_block_size": [128, 128]}
         found = {key: raw.get(key) for key in expected}
     elif method == "compressed-tensors":
-        groups = list((raw.get("config_groups") or {}).values())
-        weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+        groups = raw.get("config_groups")
+        group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+        weights = group.get("weights") if isinstance(group, dict) else None
+        weights = weights if isinstance(weights, dict) else {}
         expected = {"format": "pack-quantized", "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
         found = {key: weights.get(key, raw.get(key)) for key in expected}
     else:
-        raise K2Error(f"{where}: quantization_config.quant_method is {method!r}; expected fp8 or compressed-tensors.")
+        raise K2Error(f"{where}: quantization_config: quant_method is {method!r} in {raw!r}; expected fp8 or compressed-tensors.")
     for key in expected:
         if found[key] != expected[key]:
             raise K2Error(f"{where}: quantization_config: {key} is {found[key]!r}; only {expected[key]!r} is implemented.")

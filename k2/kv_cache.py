@@ -4,7 +4,7 @@
     c_kv      c_kv_SC      the compressed key-value, after kv_a_layernorm
     k_R       k_rope_SR    the one rotary key that all heads share, after rotation
 
-    T tokens in this call · S tokens attended to · C kv rank · R rotary part
+    T tokens in this call · S tokens attended to · M rows of a buffer · C kv rank · R rotary part · I either width
 
 Full keys and values would be 64 heads x (192 + 128) = 20,480 numbers: 35.6 times as many. Both parts are stored when
 nothing remains to be done to them: normalised, and turned to their position.
@@ -20,8 +20,8 @@ class LayerCache:
 
     def __init__(self):
         self.length = 0
-        self.c_kv_SC = None
-        self.k_rope_SR = None
+        self.c_kv_MC = None
+        self.k_rope_MR = None
 
     def append(self, c_kv_TC, k_rope_TR):
         """Write T new tokens behind the past and return all S, (..., S, C) and (..., S, R).
@@ -30,24 +30,24 @@ class LayerCache:
         leaves no trace, since the next one writes over it.
         """
         end = self.length + c_kv_TC.shape[-2]
-        self.c_kv_SC = with_room(self.c_kv_SC, c_kv_TC, self.length, end)
-        self.k_rope_SR = with_room(self.k_rope_SR, k_rope_TR, self.length, end)
-        self.c_kv_SC[..., self.length : end, :] = c_kv_TC
-        self.k_rope_SR[..., self.length : end, :] = k_rope_TR
-        return self.c_kv_SC[..., :end, :], self.k_rope_SR[..., :end, :]
+        self.c_kv_MC = with_room(self.c_kv_MC, c_kv_TC, self.length, end)
+        self.k_rope_MR = with_room(self.k_rope_MR, k_rope_TR, self.length, end)
+        self.c_kv_MC[..., self.length : end, :] = c_kv_TC
+        self.k_rope_MR[..., self.length : end, :] = k_rope_TR
+        return self.c_kv_MC[..., :end, :], self.k_rope_MR[..., :end, :]
 
 
-def with_room(old_SI, new_TI, length: int, end: int):
+def with_room(old_MI, new_TI, length: int, end: int):
     """The buffer itself if `end` rows fit, or a larger one that holds its first `length` rows. Batch axes as in `new`."""
-    if old_SI is not None and old_SI.shape[:-2] != new_TI.shape[:-2]:
-        raise K2Error(f"cache: holds sequences of batch shape {tuple(old_SI.shape[:-2])}; this call has {tuple(new_TI.shape[:-2])}. Use one cache per batch.")
-    if old_SI is not None and old_SI.shape[-2] >= end:
-        return old_SI
+    if old_MI is not None and old_MI.shape[:-2] != new_TI.shape[:-2]:
+        raise K2Error(f"cache: holds sequences of batch shape {tuple(old_MI.shape[:-2])}; this call has {tuple(new_TI.shape[:-2])}. Use one cache per batch.")
+    if old_MI is not None and old_MI.shape[-2] >= end:
+        return old_MI
     rows = max(64, 2 ** (end - 1).bit_length())
-    room_SI = torch.empty(*new_TI.shape[:-2], rows, new_TI.shape[-1], dtype=new_TI.dtype, device=new_TI.device)
-    if old_SI is not None:
-        room_SI[..., :length, :] = old_SI[..., :length, :]
-    return room_SI
+    larger = torch.empty(*new_TI.shape[:-2], rows, new_TI.shape[-1], dtype=new_TI.dtype, device=new_TI.device)
+    if old_MI is not None:
+        larger[..., :length, :] = old_MI[..., :length, :]
+    return larger
 
 
 class NoCache:

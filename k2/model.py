@@ -32,8 +32,10 @@ class Body(nn.Module):
 
     def forward(self, ids_T, cache: LatentCache | NoCache = NO_CACHE):
         T = ids_T.shape[-1]
-        cos_TP, sin_TP = rope_angles(self.frequencies_P, cache.length, T, ids_T.device)
         x_TD = self.embed_tokens(ids_T)
+        # float32 tables at least: a bfloat16 cosine would move every token by its rounding.
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        cos_TP, sin_TP = (table_TP.to(x_TD.device, wide) for table_TP in rope_angles(self.frequencies_P, cache.length, T))
         for i, layer in enumerate(self.layers):
             x_TD = layer(x_TD, cos_TP, sin_TP, cache.layer(i))
         cache.advance(T)

@@ -64,9 +64,9 @@ def attention(config: K2Config, weights, name: str, x_TD):
 
     q_HTA = queries(c, weights, name, x_TD).reshape(T, H, A).transpose(1, 0, 2)
     q_nope_HTN, q_rope_HTR = q_HTA[..., :N], rotate(q_HTA[..., N:], angle_TP)
-    latent_TO = x_TD @ weights[f"{name}.kv_a_proj_with_mqa.weight"].T
-    c_kv_SC = rms_norm(latent_TO[:, :C], weights[f"{name}.kv_a_layernorm.weight"], LATENT_EPS)
-    k_rope_SR = rotate(latent_TO[:, C:], angle_TP)  # one rotary key for all heads, not normalised
+    latent_TI = x_TD @ weights[f"{name}.kv_a_proj_with_mqa.weight"].T
+    c_kv_SC = rms_norm(latent_TI[:, :C], weights[f"{name}.kv_a_layernorm.weight"], LATENT_EPS)
+    k_rope_SR = rotate(latent_TI[:, C:], angle_TP)  # one rotary key for all heads, not normalised
     kv_HSO = (c_kv_SC @ weights[f"{name}.kv_b_proj.weight"].T).reshape(T, H, -1).transpose(1, 0, 2)
     k_nope_HSN, v_HSV = kv_HSO[..., :N], kv_HSO[..., N:]
 
@@ -111,9 +111,9 @@ def moe(config: K2Config, weights, name: str, x_TD):
     """The shared expert, plus each token's K experts by weight; (T, D) -> (T, D)."""
     expert_ids_TK, weights_TK = route(config, weights, name, x_TD)
     y_TD = swiglu(weights, f"{name}.shared_experts", x_TD)
-    for t, x_D in enumerate(x_TD):
+    for t in range(len(x_TD)):
         for e, weight in zip(expert_ids_TK[t], weights_TK[t]):
-            y_TD[t] += weight * swiglu(weights, f"{name}.experts.{e}", x_D)
+            y_TD[t] += weight * swiglu(weights, f"{name}.experts.{e}", x_TD[t : t + 1])[0]
     return y_TD
 
 

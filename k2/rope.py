@@ -47,14 +47,14 @@ def rope_frequencies(config: K2Config):
     return plain_P * (1 - ramp_P) + plain_P / yarn.factor * ramp_P
 
 
-def rope_angles(frequencies_P, start: int, tokens: int, device=None):
-    """cos and sin (T, P), float32, for positions start ... start + tokens - 1.
+def rope_angles(frequencies_P, start: int, tokens: int):
+    """cos and sin (T, P), float64, on the CPU, for positions start ... start + tokens - 1.
 
-    The angles are float64: at position 131,000 a float32 angle is off by 0.008 radians, which shows in the logits.
+    At position 131,000 a float32 angle would be off by 0.008 radians, which shows in the logits.
     """
     position_T = torch.arange(start, start + tokens, dtype=torch.float64, device="cpu")
     angle_TP = position_T[:, None] * frequencies_P
-    return angle_TP.cos().float().to(device), angle_TP.sin().float().to(device)
+    return angle_TP.cos(), angle_TP.sin()
 
 
 def rotate(x_TR, cos_TP, sin_TP):

@@ -27,7 +27,8 @@ class Sampler:
             raise K2Error("logits: expected finite numbers, found NaN or infinity. The weights are damaged, or activations overflowed: try --dtype float32.")
         if self.temperature == 0:
             return int(logits_W.argmax())
-        probability_W = (logits_W.double() / self.temperature).softmax(-1)
+        # Less their maximum before the division, so that no temperature, however small, makes an infinity.
+        probability_W = ((logits_W.double() - logits_W.max()) / self.temperature).softmax(-1)
         ordered_W, ids_W = probability_W.sort(descending=True, stable=True)
         before_W = ordered_W.cumsum(-1) - ordered_W  # the mass ahead of each id; the first is always kept
         kept_W = torch.where(before_W < self.top_p, ordered_W, 0.0)

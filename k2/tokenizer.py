@@ -57,14 +57,16 @@ def read_ranks(path: Path) -> list[bytes]:
         raise K2Error(f"{path}: expected the tokenizer's ranks in a regular file, found none. A checkpoint directory needs its tiktoken.model.")
     tokens = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
         try:
             token, rank = line.split()
-            tokens.append(base64.b64decode(token, validate=True))
-            in_order = int(rank) == len(tokens) - 1
+            in_order, token = int(rank) == len(tokens), base64.b64decode(token, validate=True)
         except ValueError:
-            in_order = not line
+            in_order = False
         if not in_order:
             raise K2Error(f"{path}: line {number} is {line[:40]!r}; expected base64 and rank {len(tokens)}. Fetch the file again.")
+        tokens.append(token)
     if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
         raise K2Error(f"{path}: expected every single byte and no token twice among {len(tokens)}. Fetch the file again.")
     return tokens

@@ -106,7 +106,7 @@ def assert_same(found, expected, where: str = ""):
     """Equal bit for bit, dtype and shape too."""
     assert found.dtype == expected.dtype and found.shape == expected.shape, f"{where}: {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
     differing = int((found != expected).sum())
-    largest = float((found.double() - expected.double()).abs().max())
+    largest = float((found.detach().double() - expected.detach().double()).abs().max())
     assert torch.equal(found, expected), f"{where}: {differing} of {found.numel()} numbers differ, by at most {largest:.3g}"
 
 

@@ -209,7 +209,7 @@ def test_it_runs_without_what_only_linux_has(checkpoint):
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}])
 def test_text_is_utf8_whatever_the_locale_says(checkpoint, tmp_path, locale):
     # The decoder is made to emit what no ASCII terminal has; the prompt comes as an argument's bytes, and from a file.
-    code = "import k2.tokenizer as t\nt.StreamDecoder.finish = lambda self: '世界 é 😀'"
+    code = f"import k2.tokenizer as t\nt.StreamDecoder.finish = lambda self: {ascii('世界 é 😀')}"
     (tmp_path / "prompt").write_bytes(PROMPT.encode())
     environment = {**os.environ, **locale}
     for arguments in ([PROMPT.encode()], ["--prompt-file", str(tmp_path / "prompt")]):
@@ -222,7 +222,8 @@ def test_text_is_utf8_whatever_the_locale_says(checkpoint, tmp_path, locale):
 def test_help_names_every_command_and_no_command_is_an_error(capfd):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
-    assert ended.value.code == 0 and all(word in capfd.readouterr().out for word in ("generate", "train", "evaluate", "bench"))
+    printed = capfd.readouterr().out
+    assert ended.value.code == 0 and all(word in printed for word in ("generate", "train", "evaluate", "bench"))
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2

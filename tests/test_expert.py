@@ -40,6 +40,7 @@ def test_the_gate_passes_through_silu_and_the_up_projection_does_not():
     assert_close(found_MD, [[5 * (2 / (1 + 2.718281828459045**-2)) * 3]], 1e-14)
 
 
+@torch.no_grad()
 def test_a_power_of_two_moved_from_down_to_up_changes_no_bit():
     expert, x_MD = randomised(Expert(48, 72)), numbers(5, 48, dtype=torch.float32)
     expected_MD = expert(x_MD)

@@ -24,9 +24,9 @@ def test_appending_a_token_rarely_copies():
     cache, places = LayerCache(), set()
     for _ in range(512):
         cache.append(numbers(1, 20), numbers(1, 12))
-        places.add(cache.c_kv_SC.data_ptr())
+        places.add(cache.c_kv_MC.data_ptr())
         cache.length += 1
-    assert cache.c_kv_SC.shape[-2] == 512
+    assert cache.c_kv_MC.shape[-2] == 512
     assert len(places) <= 4  # 64, 128, 256 and 512 rows
 
 
@@ -35,7 +35,7 @@ def test_a_token_costs_one_latent_and_one_rotary_key_a_layer():
     model, cache = random_model(config), LatentCache(config)
     with torch.no_grad():
         model(random_ids(config, 64), cache)
-    held = sum(layer.c_kv_SC.numel() + layer.k_rope_SR.numel() for layer in cache.layers)
+    held = sum(layer.c_kv_MC.numel() + layer.k_rope_MR.numel() for layer in cache.layers)
     assert held == 64 * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 

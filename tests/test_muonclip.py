@@ -125,7 +125,7 @@ def test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits
     model = random_model(config, 0, torch.float32).train()
     layer = model.model.layers[1].self_attn
     x = torch.randn(1, 40, config.hidden_size, generator=torch.Generator().manual_seed(2))
-    cos_sin = rope_angles(rope_frequencies(config), 0, 40)
+    cos_sin = [table_TP.float() for table_TP in rope_angles(rope_frequencies(config), 0, 40)]
     with torch.no_grad():
         before = attention_logits(layer, x, cos_sin)[0]
         tau = float(before.sort().values[0:2].mean())  # between the calmest head and the others

@@ -31,12 +31,12 @@ def orthogonalized(gradient_OI, steps: int = 5):
     if gradient_OI.shape[-2] > gradient_OI.shape[-1]:
         return orthogonalized(gradient_OI.mT, steps).mT  # the Gram matrix of the shorter side is the smaller one
     a, b, c = QUINTIC
-    x_OI = gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI
+    x_OI = (gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI).reshape(-1, *gradient_OI.shape[-2:])
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
-    for _ in range(steps):
+    for _ in range(steps):  # x <- a x + (b g + c g g) x with g = x x^T, each sum inside the product that follows it
         gram_OO = x_OI @ x_OI.mT
-        x_OI = a * x_OI + (b * gram_OO + c * gram_OO @ gram_OO) @ x_OI
-    return x_OI.to(gradient_OI.dtype)
+        x_OI = torch.baddbmm(x_OI, torch.baddbmm(gram_OO, gram_OO, gram_OO, beta=b, alpha=c), x_OI, beta=a)
+    return x_OI.reshape(gradient_OI.shape).to(gradient_OI.dtype)
 
 
 def parameter_groups(model: K2) -> tuple[list, list]:

@@ -34,13 +34,18 @@ BIAS_STEP = 1e-2  # DeepSeek-V3 takes 1e-3; a run of hundreds of steps instead o
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one run. lr is Muon's, adamw_lr is for embedding, head and norms; both before the schedule."""
+    """The settings of one run. lr is Muon's, adamw_lr is for embedding, head and norms; both before the schedule.
+
+    While the learning rate decays, windows are `stretch` times as long and as many times fewer: like K2, the model
+    learns on short windows, which are cheap, and sees long ones at the end (report, section 2.5).
+    """
 
     steps: int
     rows: int = 16
     window: int = 256
     lr: float = 1e-2
     adamw_lr: float = 1e-2
+    stretch: int = 1
     warmup: int = 40
     decay_share: float = 0.35
     seed: int = 0
@@ -49,8 +54,12 @@ class Run:
 
 def learning_rate_factor(step: int, run: Run) -> float:
     """Warm-up, stable, decay: linear up over `warmup` steps, 1, then linear to 0 over the last `decay_share`."""
-    decay_steps = max(1, int(run.steps * run.decay_share))
-    return min(1.0, (step + 1) / run.warmup, (run.steps - step) / decay_steps)
+    return min(1.0, (step + 1) / run.warmup, (run.steps - step) / decay_steps(run))
+
+
+def decay_steps(run: Run) -> int:
+    """How many steps at the end have a falling learning rate, and long windows."""
+    return max(1, int(run.steps * run.decay_share))
 
 
 def initialize(model: K2, seed: int):
@@ -112,17 +121,29 @@ class Trainer:
     """One run: model, optimizer, balancer, data. `state` and `load_state` make it resumable to the same bits."""
 
     def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32):
+        if run.rows % run.stretch or run.window * run.stretch > config.max_position_embeddings:
+            raise K2Error(f"training: found {run.rows} rows of {run.window} tokens, stretched by {run.stretch}; expected rows that {run.stretch} divides, "
+                          f"and long windows within the context of {config.max_position_embeddings}. Change --rows, --window or --stretch.")  # fmt: skip
         self.run, self.step_count = run, 0
         self.model = K2(config).float()
         initialize(self.model, run.seed)
         self.balancer = Balancer(self.model, run.window)
         self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr)  # its float32 masters are copied before the cast
         self.model.to(dtype).train()
-        self.windows = Windows(stream, run.window, run.seed)
+        self.short = Windows(stream, run.window, run.seed)
+        self.long = Windows(stream, run.window * run.stretch, run.seed + 1)
+
+    def batch(self) -> torch.Tensor:
+        """This step's windows (rows, T + 1): short ones until the decay, then long ones."""
+        run, long_from = self.run, self.run.steps - decay_steps(self.run)
+        if self.step_count < long_from:
+            return torch.from_numpy(self.short.batch(self.step_count, run.rows))
+        return torch.from_numpy(self.long.batch(self.step_count - long_from, run.rows // run.stretch))
 
     def step(self) -> dict:
         """One optimizer step; returns what there is to report."""
-        batch = torch.from_numpy(self.windows.batch(self.step_count, self.run.rows))
+        batch = self.batch()
+        self.balancer.window = batch.shape[1] - 1
         loss = next_token_loss(self.model, batch)
         nats = loss.item()
         if not math.isfinite(nats):

@@ -1,6 +1,6 @@
 """How good a model is on text it never saw: bits per byte, beside what xz needs, and how evenly its experts are used.
 
-    T tokens of a window · W vocabulary · E experts · K chosen experts
+    T tokens of a window · W vocabulary · E experts
 """
 
 import lzma
@@ -15,17 +15,20 @@ from .corpus import held_out_files, read_texts, training_files
 
 
 @torch.inference_mode()
-def bits_per_byte(model: K2, ids: list[int], text_bytes: int, window: int = 256, rows: int = 16) -> float:
-    """Cross-entropy of a token stream, in bits per byte of its text, over windows of T that each start without context.
+def bits_per_byte(model: K2, ids: list[int], text_bytes: int, window: int = 1024, stride: int = 512) -> float:
+    """Cross-entropy of a token stream, in bits per byte of its text: every token but the first is predicted once.
 
-    The first token of a window is predicted by nothing and not counted as a target; it is the last window's last one.
+    A window of T tokens slides by `stride`; what the window before has scored is only context to it, so that all tokens
+    but the first ones are predicted from at least T - stride before them. Windows end at the model's context.
     """
-    stream, nats = torch.tensor(ids), 0.0
-    windows = [stream[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
-    full = [w for w in windows if len(w) == window + 1]
-    for batch in [torch.stack(full[i : i + rows]) for i in range(0, len(full), rows)] + [w[None] for w in windows[len(full) :]]:
-        logits_TW = model(batch[:, :-1])
-        nats += F.cross_entropy(logits_TW.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    window = min(window, model.config.max_position_embeddings)
+    stride = min(stride, window)
+    stream, nats, scored = torch.tensor(ids), 0.0, 1  # tokens before `scored` have been predicted; the first cannot be
+    for start in range(0, max(1, len(ids) - 1 - window + stride), stride):
+        ids_T = stream[start : start + window + 1]
+        logits_TW = model(ids_T[:-1], positions=slice(scored - 1 - start, None))
+        nats += F.cross_entropy(logits_TW, ids_T[scored - start :], reduction="sum").item()
+        scored = start + len(ids_T)
     return nats / math.log(2) / text_bytes
 
 

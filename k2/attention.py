@@ -27,7 +27,6 @@ from .rope import rotate
 LATENT_EPS = 1e-6  # the latent norms' own constant, whatever rms_norm_eps says, as in DeepSeek's code and transformers
 
 
-
 def causal_mask(T: int, S: int, device):
     """True where a query may look: the T queries are the last T of S positions, and none sees past its own. (T, S)."""
     position_S = torch.arange(S, device=device)
@@ -44,12 +43,14 @@ class ScaledDotProduct(nn.Module):
     def forward(self, q_HTA, k_HSA, v_HSV):
         """q (..., H, T, A), k (..., H, S, A), v (..., H, S, V) -> (..., H, T, V)."""
         mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device)
-        # The fused kernels, which never hold all T x S scores, want values as wide as keys: zeros in, zeros cut off.
-        A, V = k_HSA.shape[-1], v_HSV.shape[-1]
-        padded_HSA = F.pad(v_HSV, (0, A - V))
+        # The fused kernels, which never hold all T x S scores, want exactly one batch axis, and values as wide as keys:
+        # zeros in, zeros cut off. Where they do not get both, torch takes the plain way without a word.
+        leading, V = q_HTA.shape[:-3], v_HSV.shape[-1]
+        padded_HSA = F.pad(v_HSV, (0, k_HSA.shape[-1] - V))
+        q_HTA, k_HSA, padded_HSA = (x.reshape(-1, *x.shape[-3:]) for x in (q_HTA, k_HSA, padded_HSA))
         # scale is given, since the default 1/sqrt(A) lacks YaRN's factor.
         mixed_HTA = F.scaled_dot_product_attention(q_HTA, k_HSA, padded_HSA, attn_mask=mask_TS, scale=self.scale)
-        return mixed_HTA[..., :V]
+        return mixed_HTA[..., :V].reshape(*leading, *mixed_HTA.shape[-3:-1], V)
 
 
 class MultiHeadLatentAttention(nn.Module):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from small import YARN, as_float64, assert_close, assert_gradients_are_right, assert_same, numbers, numpy_weights, random_config, randomised, rotary_tables, small_config
 
@@ -169,3 +170,17 @@ def test_gradients_of_both_forms_are_the_same():
     found = [torch.autograd.grad(form(*parts(attention, x_TD)).square().sum(), (x_TD, attention.kv_b_proj.weight)) for form in (attention.absorbed, attention.expanded)]
     for absorbed, expanded in zip(*found):
         assert_close(absorbed, expanded, 1e-12)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("T, S", [(5, 5), (5, 9)])
+def test_the_fused_kernel_takes_every_call(leading, T, S):
+    """Where it cannot be used, torch builds all H x T x S scores without a word: 17 GB a layer for K2 at 128K tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q_HTA, k_HSA, v_HSV = numbers(*leading, 3, T, 22), numbers(*leading, 3, S, 22), numbers(*leading, 3, S, 14)
+    product = ScaledDotProduct(0.3)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where this kernel does not fit
+        fused_HTV = product(q_HTA, k_HSA, v_HSV)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(fused_HTV, product(q_HTA, k_HSA, v_HSV), 1e-13)

@@ -170,3 +170,37 @@ def test_a_saved_state_goes_on_with_the_same_bits():
         optimizer.step()
     for (name, a), b in zip(first.named_parameters(), second.parameters()):
         assert torch.equal(a, b), name
+
+
+def test_later_muon_steps_follow_nesterovs_momentum():
+    """The first step cannot tell: Newton-Schulz ignores the size of its input, and then all of it is one gradient."""
+    model = random_model(small_config(), 0, torch.float32)
+    optimizer = MuonClip(model, lr=0.01, adamw_lr=0.0, momentum=0.9, weight_decay=0.1)
+    weight = model.model.layers[1].self_attn.q_a_proj.weight
+    momentum = torch.zeros_like(weight)
+    for step in range(3):
+        give_gradients(model, step)
+        before, gradient = weight.detach().clone(), weight.grad.clone()
+        momentum = 0.9 * momentum + gradient
+        expected = before * (1 - 0.01 * 0.1) - 0.01 * RMS_MATCH * max(weight.shape) ** 0.5 * orthogonalized(gradient + 0.9 * momentum)
+        optimizer.step()
+        error = (weight - expected).abs().max()
+        assert error < 1e-7, f"step {step}: largest error {error:.2e}"
+
+
+@torch.no_grad()
+def test_the_clip_sees_every_training_call_since_the_last_step_and_no_other():
+    config = small_config()
+    model = random_model(config, 0, torch.float32)
+    layer, optimizer = model.model.layers[1].self_attn, MuonClip(model, 0.0, 0.0)
+    cos_sin = torch.ones(20, config.qk_rope_head_dim // 2), torch.zeros(20, config.qk_rope_head_dim // 2)
+    generator = torch.Generator().manual_seed(6)
+    calm, wild, middling, wildest = (size * torch.randn(20, config.hidden_size, generator=generator) for size in (1.0, 8.0, 3.0, 90.0))
+    for training, x in ((False, wildest), (True, calm), (True, wild), (True, middling), (False, wildest)):
+        layer.train(training)(x, *cos_sin)
+    expected, found = attention_logits(layer, wild, cos_sin), optimizer.clip.max_logits[layer]
+    assert (attention_logits(layer, wildest, cos_sin) > expected).all() and (expected > attention_logits(layer, middling, cos_sin)).all()
+    error = (found / expected - 1).abs().max()
+    assert error < 1e-5, f"largest relative error {error:.2e}: {found.tolist()}, expected {expected.tolist()}"
+    optimizer.step()
+    assert not optimizer.clip.max_logits, "the maxima of one step must not clip the next"

@@ -1,0 +1,372 @@
+"""Mistakes that real ports of K2 and DeepSeek-V3 have made, each as a tiny patch, and the test that must notice it.
+
+A test that cannot fail is not a test. `verdict` imports k2 anew with one text of one file replaced, runs the named test
+against it, and says whether an assertion failed. Nothing on disk changes.
+"""
+
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands in `file` exactly once; with `new` in its place, `test` must fail by an assertion."""
+
+    name: str
+    file: str  # under k2/
+    old: str
+    new: str
+    test: str  # as pytest writes it; all cases of a parametrised test count
+
+    def source(self) -> str:
+        """The file with the patch applied."""
+        plain = (ROOT / "k2" / self.file).read_text(encoding="utf-8")
+        assert plain.count(self.old) == 1, f"{self.name}: k2/{self.file} has this text {plain.count(self.old)} times, expected once:\n{self.old}"
+        return plain.replace(self.old, self.new)
+
+    @property
+    def module(self) -> str:
+        """training/muonclip.py is k2.training.muonclip."""
+        return "k2." + self.file.removesuffix(".py").replace("/", ".")
+
+
+class PatchedLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module from a given source, as if its file held it."""
+
+    def __init__(self, name: str, path: str, source: str):
+        super().__init__(name, path)
+        self.source = source
+
+    def get_code(self, fullname):
+        """Compiled anew: the cached bytecode is the plain file's."""
+        return compile(self.source, self.path, "exec")
+
+
+class PatchingFinder:
+    """Finds the mutated module, and leaves every other to the finders behind it."""
+
+    def __init__(self, mutant: Mutant):
+        self.name, self.path, self.source = mutant.module, str(ROOT / "k2" / mutant.file), mutant.source()
+
+    def find_spec(self, fullname, path=None, target=None):
+        """The spec of the one module."""
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=PatchedLoader(fullname, self.path, self.source))
+
+
+@contextlib.contextmanager
+def patched(mutant: Mutant):
+    """While this lasts, an `import` of k2 or of a test gets a fresh copy that has the mistake."""
+    finder = PatchingFinder(mutant)
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "k2" or name == "small" or name.startswith("test_")]
+
+    kept = {name: sys.modules.pop(name) for name in ours()}
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def cases(function) -> list[dict]:
+    """The arguments of each case of a test, read from its parametrize marks; one case without any where it has none."""
+    axes = []
+    for mark in getattr(function, "pytestmark", []):
+        names, values = mark.args
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        axes.append([dict(zip(names, value if len(names) > 1 else (value,))) for value in values])
+    return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
+
+
+def verdict(mutant: Mutant) -> str:
+    """What the named test says of the mutated code: the message of its failed assertion, or "" where every case passes.
+
+    Any other exception is raised: code that cannot be imported, or crashes, proves nothing about the test.
+    """
+    path, name = mutant.test.split("::")
+    with patched(mutant):
+        test = getattr(importlib.import_module(Path(path).stem), name)
+        for case in cases(test):
+            try:
+                test(**case)
+            except AssertionError as error:
+                return str(error) or "an assertion failed"
+    return ""
+
+
+MUTANTS = (
+    # ---- rotation and scale ----
+    Mutant(
+        "half-split instead of interleaved rotation", "rope.py",
+        """even_TP, odd_TP = x_TR[..., 0::2], x_TR[..., 1::2]
+    turned_TP2 = torch.stack((even_TP * cos_TP - odd_TP * sin_TP, even_TP * sin_TP + odd_TP * cos_TP), dim=-1)""",
+        """even_TP, odd_TP = x_TR.chunk(2, dim=-1)
+    turned_TP2 = torch.stack((even_TP * cos_TP - odd_TP * sin_TP, even_TP * sin_TP + odd_TP * cos_TP), dim=-2)""",
+        "tests/test_rope.py::test_neighbours_are_a_pair",
+    ),
+    Mutant(
+        "rotation in the other direction", "rope.py",
+        "even_TP * cos_TP - odd_TP * sin_TP, even_TP * sin_TP + odd_TP * cos_TP", "even_TP * cos_TP + odd_TP * sin_TP, odd_TP * cos_TP - even_TP * sin_TP",
+        "tests/test_rope.py::test_neighbours_are_a_pair",
+    ),
+    Mutant(
+        "YaRN ramp dropped: every pair slowed", "rope.py",
+        "return plain_P * (1 - ramp_P) + plain_P / yarn.factor * ramp_P", "return plain_P / yarn.factor",
+        "tests/test_rope.py::test_frequencies_are_those_of_k2_instruct",
+    ),
+    Mutant(
+        "YaRN ramp the wrong way round", "rope.py",
+        "return plain_P * (1 - ramp_P) + plain_P / yarn.factor * ramp_P", "return plain_P * ramp_P + plain_P / yarn.factor * (1 - ramp_P)",
+        "tests/test_rope.py::test_frequencies_are_those_of_k2_instruct_0905_and_thinking",
+    ),
+    Mutant(
+        "beta_fast ignored, which only K2.5 shows", "rope.py",
+        "pair_that_turns(yarn.beta_fast)", "pair_that_turns(yarn.beta_slow)",
+        "tests/test_rope.py::test_frequencies_are_those_of_k2_5",
+    ),
+    Mutant(
+        "mscale squared missing from the softmax scale", "config.py",
+        "return self.qk_head_dim**-0.5 * mscale**2", "return self.qk_head_dim**-0.5",
+        "tests/test_attention.py::test_softmax_scales_are_those_of_the_family",
+    ),
+    Mutant(
+        "mscale not squared in the softmax scale", "config.py",
+        "return self.qk_head_dim**-0.5 * mscale**2", "return self.qk_head_dim**-0.5 * mscale",
+        "tests/test_attention.py::test_softmax_scales_are_those_of_the_family",
+    ),
+    Mutant(
+        "mscale also multiplied into cos and sin", "model.py",
+        "table_TP.to(x_TD.device, wide)", "1.3465735902799727 * table_TP.to(x_TD.device, wide)",
+        "tests/test_model.py::test_model_equals_the_reference_in_float64",
+    ),
+    Mutant(
+        "scale by V instead of A", "config.py",
+        "return self.qk_head_dim**-0.5", "return self.v_head_dim**-0.5",
+        "tests/test_attention.py::test_softmax_scales_are_those_of_the_family",
+    ),
+    Mutant(
+        "scale by N instead of A", "config.py",
+        "return self.qk_head_dim**-0.5", "return self.qk_nope_head_dim**-0.5",
+        "tests/test_attention.py::test_softmax_scales_are_those_of_the_family",
+    ),
+    Mutant(
+        "the absorbed form without the softmax scale", "attention.py",
+        "wide_HTS * self.config.softmax_scale", "wide_HTS",
+        "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
+    ),
+    # ---- attention and its past ----
+    Mutant(
+        "causal mask missing when a cache is present", "attention.py",
+        "mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device)",
+        "mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device) if q_HTA.shape[-2] == k_HSA.shape[-2] else None",
+        "tests/test_attention.py::test_attention_behind_a_cache_equals_attention_over_the_whole",
+    ),
+    Mutant(
+        "causal mask aligned to the first keys instead of the last", "attention.py",
+        "position_S <= position_S[S - T :, None]", "position_S <= position_S[:T, None]",
+        "tests/test_attention.py::test_the_mask_is_the_last_rows_of_a_lower_triangle",
+    ),
+    Mutant(
+        "a query does not see its own token", "attention.py",
+        "position_S <= position_S[S - T :, None]", "(position_S < position_S[S - T :, None]) | (position_S == 0)",
+        "tests/test_attention.py::test_equal_keys_share_attention_equally",
+    ),
+    Mutant(
+        "position offset ignored on decode", "model.py",
+        "rope_angles(self.frequencies_P, cache.length, T)", "rope_angles(self.frequencies_P, 0, T)",
+        "tests/test_model.py::test_prefill_at_once_and_in_chunks_and_token_by_token_are_the_same",
+    ),
+    Mutant(
+        "kv_a_layernorm skipped", "attention.py",
+        "return self.kv_a_layernorm(c_kv_TC), rotate", "return c_kv_TC, rotate",
+        "tests/test_attention.py::test_latent_norms_have_an_eps_of_their_own",
+    ),
+    Mutant(
+        "kv_a_layernorm applied to the rotary part too", "attention.py",
+        "rotate(k_rope_TR, cos_TP, sin_TP)", "rotate(F.rms_norm(k_rope_TR, k_rope_TR.shape[-1:], eps=LATENT_EPS), cos_TP, sin_TP)",
+        "tests/test_attention.py::test_attention_equals_the_reference_in_float64",
+    ),
+    Mutant(
+        "latent norms with the config's eps", "attention.py",
+        "self.kv_a_layernorm = RMSNorm(C, LATENT_EPS)", "self.kv_a_layernorm = RMSNorm(C, config.rms_norm_eps)",
+        "tests/test_attention.py::test_latent_norms_have_an_eps_of_their_own",
+    ),
+    Mutant(
+        "k_nope and v swapped", "attention.py",
+        "k_nope_HSN, v_HSV = kv_HSO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)", "v_HSV, k_nope_HSN = kv_HSO.split((c.v_head_dim, c.qk_nope_head_dim), dim=-1)",
+        "tests/test_attention.py::test_attention_equals_the_reference_in_float64",
+    ),
+    Mutant(
+        "W^UK and W^UV swapped in the absorbed form", "attention.py",
+        "return by_head_HOC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)", "return by_head_HOC.split((c.v_head_dim, c.qk_nope_head_dim), dim=1)[::-1]",
+        "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
+    ),
+    # ---- router and experts ----
+    Mutant(
+        "softmax instead of sigmoid", "router.py",
+        ".sigmoid()", ".softmax(dim=-1)",
+        "tests/test_router.py::test_the_bias_chooses_and_never_weighs",
+    ),
+    Mutant(
+        "bias left in the weights", "router.py",
+        "weights_TK = scores_TE.gather(-1, expert_ids_TK)", "weights_TK = (scores_TE + self.e_score_correction_bias).gather(-1, expert_ids_TK)",
+        "tests/test_router.py::test_the_bias_chooses_and_never_weighs",
+    ),
+    Mutant(
+        "renormalisation skipped", "router.py",
+        "weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)", "pass",
+        "tests/test_router.py::test_weights_sum_to_the_scaling_factor",
+    ),
+    Mutant(
+        "scaling factor dropped", "router.py",
+        "return expert_ids_TK, weights_TK * self.scaling", "return expert_ids_TK, weights_TK",
+        "tests/test_router.py::test_weights_sum_to_the_scaling_factor",
+    ),
+    Mutant(
+        "router bias not float32", "router.py",
+        "if self.e_score_correction_bias.dtype != torch.float32:", "if False:",
+        "tests/test_router.py::test_no_conversion_touches_the_bias",
+    ),
+    Mutant(
+        "scores computed in the model's dtype", "router.py",
+        "wide = torch.promote_types(x_TD.dtype, torch.float32)", "wide = x_TD.dtype",
+        "tests/test_router.py::test_a_bfloat16_model_routes_in_float32",
+    ),
+    Mutant(
+        "scaling factor applied to the shared expert", "moe.py",
+        "return (shared_TD + y_TD.to(shared_TD.dtype))", "return (self.gate.scaling * shared_TD + y_TD.to(shared_TD.dtype))",
+        "tests/test_moe.py::test_the_shared_expert_counts_once_and_unscaled",
+    ),
+    Mutant(
+        "shared expert dropped", "moe.py",
+        "return (shared_TD + y_TD.to(shared_TD.dtype))", "return (y_TD.to(shared_TD.dtype))",
+        "tests/test_moe.py::test_the_shared_expert_counts_once_and_unscaled",
+    ),
+    Mutant(
+        "rows left in the experts' order", "moe.py",
+        "y_MD[order_M.argsort()]", "y_MD[order_M]",
+        "tests/test_moe.py::test_moe_equals_the_reference_in_float64",
+    ),
+    Mutant(
+        "gate and up swapped", "expert.py",
+        "F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD)", "F.silu(self.up_proj(x_MD)) * self.gate_proj(x_MD)",
+        "tests/test_expert.py::test_the_gate_passes_through_silu_and_the_up_projection_does_not",
+    ),
+    Mutant(
+        "layer 0 made MoE", "decoder.py",
+        "dense = config.is_dense(layer)", "dense = layer != 0 and config.is_dense(layer)",
+        "tests/test_decoder.py::test_the_first_layers_are_dense_and_all_others_hold_experts",
+    ),
+    # ---- stored formats ----
+    Mutant(
+        "FP8 scales transposed", "quantization.py",
+        "enumerate(scale_BG * 2.0**120)", "enumerate(scale_BG.mT.reshape(scale_BG.shape) * 2.0**120)",
+        "tests/test_quantization.py::test_a_scale_touches_its_own_block_and_no_other",
+    ),
+    Mutant(
+        "ragged last block misread: columns shared out evenly", "quantization.py",
+        "scale_G.repeat_interleave(BLOCK)[:I]", "scale_G.repeat_interleave(-(-I // len(scale_G)))[:I]",
+        "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
+    ),
+    Mutant(
+        "ragged last block misread: rows shared out evenly", "quantization.py",
+        "rows = slice(b * BLOCK, (b + 1) * BLOCK)", "rows = slice(O * b // len(scale_BG), O * (b + 1) // len(scale_BG))",
+        "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
+    ),
+    Mutant(
+        "INT4 nibbles read as two's complement", "quantization.py",
+        "((packed_OU.unsqueeze(-1) >> shift_I & 15) - 8)", "(((packed_OU.unsqueeze(-1) >> shift_I & 15) + 8) % 16 - 8)",
+        "tests/test_quantization.py::test_the_nibble_is_offset_binary_and_not_twos_complement",
+    ),
+    # ---- the optimizer ----
+    Mutant(
+        "QK-Clip touches the shared rotary key", "training/muonclip.py",
+        "key_HOC[:, :N] *= gamma_H.sqrt()[:, None, None]",
+        "key_HOC[:, :N] *= gamma_H.sqrt()[:, None, None]\n    master[layer.kv_a_proj_with_mqa.weight][c.kv_lora_rank :] *= gamma_H.min().sqrt()",
+        "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
+    ),
+    Mutant(
+        "sqrt(gamma) on the rotary query, whose key does not move", "training/muonclip.py",
+        "query_HAI[:, N:] *= gamma_H[:, None, None]", "query_HAI[:, N:] *= gamma_H.sqrt()[:, None, None]",
+        "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
+    ),
+    Mutant(
+        "all heads clipped by one gamma", "training/muonclip.py",
+        "gamma_H = (self.tau / max_H).clamp(max=1.0)", "gamma_H = (self.tau / max_H.amax()).clamp(max=1.0).expand_as(max_H)",
+        "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
+    ),
+    Mutant(
+        "values clipped with the keys", "training/muonclip.py",
+        "key_HOC[:, :N] *= gamma_H.sqrt()[:, None, None]", "key_HOC *= gamma_H.sqrt()[:, None, None]",
+        "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
+    ),
+    Mutant(
+        "largest logit without the softmax scale", "training/muonclip.py",
+        ".float() * scale", ".float()",
+        "tests/test_muonclip.py::test_largest_logits_are_those_of_the_full_causal_square",
+    ),
+    Mutant(
+        "largest logit over future positions too", "training/muonclip.py",
+        "logits_HMS.masked_fill(future_MS, -torch.inf).amax", "logits_HMS.amax",
+        "tests/test_muonclip.py::test_largest_logits_are_those_of_the_full_causal_square",
+    ),
+    Mutant(
+        "only the last micro-batch's largest logits kept", "training/muonclip.py",
+        "self.max_logits[layer] = torch.maximum(self.max_logits.get(layer, max_H), max_H)", "self.max_logits[layer] = max_H",
+        "tests/test_muonclip.py::test_the_clip_sees_every_training_call_since_the_last_step_and_no_other",
+    ),
+    Mutant(
+        "the clip also watches calls that do not train", "training/muonclip.py",
+        "if layer.training:", "if True:",
+        "tests/test_muonclip.py::test_the_clip_sees_every_training_call_since_the_last_step_and_no_other",
+    ),
+    Mutant(
+        "RMS scale missing", "training/muonclip.py",
+        "scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5", "scale = 1.0",
+        "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
+    ),
+    Mutant(
+        "RMS scale with 0.2 under the root", "training/muonclip.py",
+        "scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5", "scale = (RMS_MATCH * max(same_shape[0].shape)) ** 0.5",
+        "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
+    ),
+    Mutant(
+        "Newton-Schulz on the wrong side, which runs for square matrices only", "training/muonclip.py",
+        "gram_OO = x_OI @ x_OI.mT", "gram_OO = x_OI.mT @ x_OI if x_OI.shape[-2] == x_OI.shape[-1] else x_OI @ x_OI.mT",
+        "tests/test_muonclip.py::test_newton_schulz_keeps_the_singular_vectors_and_maps_each_value_by_the_quintic",
+    ),
+    Mutant(
+        "cubic Newton-Schulz", "training/muonclip.py",
+        "QUINTIC = (3.4445, -4.7750, 2.0315)", "QUINTIC = (1.5, -0.5, 0.0)",
+        "tests/test_muonclip.py::test_newton_schulz_brings_values_from_a_hundredth_on_near_one",
+    ),
+    Mutant(
+        "Muon without momentum", "training/muonclip.py",
+        "self.first[p].mul_(self.momentum).add_(gradient_OI)", "self.first[p].copy_(gradient_OI)",
+        "tests/test_muonclip.py::test_later_muon_steps_follow_nesterovs_momentum",
+    ),
+    Mutant(
+        "Muon's momentum without Nesterov's look ahead", "training/muonclip.py",
+        "ahead.append(gradient_OI + self.momentum * momentum_OI)", "ahead.append(momentum_OI)",
+        "tests/test_muonclip.py::test_later_muon_steps_follow_nesterovs_momentum",
+    ),
+    Mutant(
+        "embedding put under Muon", "training/muonclip.py",
+        "tables = {model.model.embed_tokens.weight, model.lm_head.weight}", "tables = {model.lm_head.weight}",
+        "tests/test_muonclip.py::test_muon_takes_every_matrix_but_the_two_tables",
+    ),
+)  # fmt: skip

@@ -26,7 +26,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: K2Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size) * 0.02)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size).uniform_(-0.03, 0.03))
 
     def forward(self, ids_T):
         return F.embedding(ids_T.to(self.weight.device), self.weight).to(ids_T.device)

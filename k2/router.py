@@ -26,7 +26,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.scaling = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.randn(config.n_routed_experts, config.hidden_size) * 0.02)
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size).uniform_(-0.03, 0.03))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def scores(self, x_TD):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,34 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
         stopped.step()
     save_state(stopped, tmp_path / "state.pt")
     resumed = Trainer(small_config(), stream(), RUN)
+    train(resumed, tmp_path / "state.pt")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_windows_are_stretched_while_the_learning_rate_decays():
+    run = Run(steps=10, rows=4, window=16, stretch=4, decay_share=0.3)
+    trainer, shapes = Trainer(small_config(), stream(), run), []
+    for trainer.step_count in range(10):
+        shapes.append(tuple(trainer.batch().shape))
+    assert shapes == [(4, 17)] * 7 + [(1, 65)] * 3  # as many tokens a step as before
+    assert [learning_rate_factor(step, replace(run, warmup=1)) for step in range(6, 10)] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("run", [Run(steps=4, rows=6, window=16, stretch=4), Run(steps=4, rows=8, window=256, stretch=4)])
+def test_a_stretch_that_does_not_fit_is_refused(run):
+    with pytest.raises(K2Error, match="--stretch"):
+        Trainer(small_config(), stream(), run)  # its context is 512
+
+
+def test_a_run_stopped_among_its_long_windows_goes_on_to_the_same_bits(tmp_path):
+    run = Run(steps=6, rows=4, window=16, stretch=4, warmup=2, decay_share=0.5, save_every=2)
+    whole = Trainer(small_config(), stream(), run)
+    train(whole, tmp_path / "whole.pt")
+    stopped = Trainer(small_config(), stream(), run)
+    for _ in range(4):
+        stopped.step()
+    save_state(stopped, tmp_path / "state.pt")
+    resumed = Trainer(small_config(), stream(), run)
     train(resumed, tmp_path / "state.pt")
     assert torch.equal(weights(resumed), weights(whole))
 

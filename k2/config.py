@@ -18,7 +18,7 @@ Every tensor in k2/ ends in its axes, one capital letter each. Any batch axes ri
     W  vocab_size                             C  kv_lora_rank
     O  a matrix's rows (outputs)              I  a matrix's columns (inputs)
     B  scale blocks along the rows            G  scale blocks or groups along the columns
-    U  packed int32 words along the columns
+    U  packed int32 words along the columns   L  place within a block or a group
 """
 
 import json
@@ -183,6 +183,7 @@ CONSTRAINTS = (
     *(_positive(f) for f in """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers
       num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts
       num_experts_per_tok max_position_embeddings routed_scaling_factor rms_norm_eps""".split()),
+    ("v_head_dim", lambda c: c.v_head_dim <= c.qk_head_dim, "at most qk_nope_head_dim + qk_rope_head_dim, as in the whole family"),
     ("num_hidden_layers", lambda c: c.num_hidden_layers <= 1000, "at most 1000"),
     ("n_routed_experts", lambda c: c.n_routed_experts <= 100_000, "at most 100000"),
     ("q_lora_rank", lambda c: c.q_lora_rank is None or c.q_lora_rank > 0, "a positive number or null"),

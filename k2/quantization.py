@@ -4,6 +4,7 @@
     INT4 (Thinking, K2.5)          weight_packed [O, U] int32, weight_scale [O, G] bfloat16, one per 32 inputs
 
     O, I a matrix's rows and columns · B blocks of 128 rows · G blocks of 128 columns, or groups of 32 · U words of 8
+    L place within a block or a group
 
 Despite its name weight_scale_inv is multiplied: weight = code x scale (DeepSeek-V3, README_WEIGHTS.md). Where a matrix
 does not divide by 128 its last blocks are smaller: kv_a_proj_with_mqa has 576 rows and 5 rows of scales.
@@ -48,12 +49,11 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32):
 def fp8_quantize(weight_OI):
     """The inverse: codes (O, I) float8_e4m3fn and scales (B, G) float32, each block's largest value mapped to 448."""
     O, I = weight_OI.shape
-    padded_OI = F.pad(weight_OI.float(), (0, -I % BLOCK, 0, -O % BLOCK))
-    blocks = padded_OI.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # (B, 128, G, 128)
-    scale_BG = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
+    block_BLGL = F.pad(weight_OI.float(), (0, -I % BLOCK, 0, -O % BLOCK)).unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scale_BG = block_BLGL.abs().amax(dim=(1, 3)) / FP8_MAX
     scale_BG = torch.where(scale_BG == 0, 1.0, scale_BG)  # an all-zero block: any scale will do, but not 0 / 0
-    codes = (blocks / scale_BG[:, None, :, None]).flatten(2).flatten(0, 1)[:O, :I]
-    return codes.contiguous().to(torch.float8_e4m3fn), scale_BG
+    code_OI = (block_BLGL / scale_BG[:, None, :, None]).flatten(2).flatten(0, 1)[:O, :I]
+    return code_OI.contiguous().to(torch.float8_e4m3fn), scale_BG
 
 
 def int4_unpack(packed_OU):
@@ -61,8 +61,12 @@ def int4_unpack(packed_OU):
 
     Not two's complement: reading it so turns small weights into large ones of the wrong sign.
     """
-    shift_I = torch.arange(NIBBLES, device=packed_OU.device, dtype=torch.int32) * 4
-    return ((packed_OU.unsqueeze(-1) >> shift_I & 15) - 8).flatten(-2)
+    return ((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) - 8).flatten(-2)
+
+
+def nibble_shifts(device):
+    """How far each of a word's 8 values is shifted, int32 (8,)."""
+    return torch.arange(0, 32, 4, device=device, dtype=torch.int32)
 
 
 def int4_dequantize(packed_OU, scale_OG, dtype=torch.float32):
@@ -76,12 +80,11 @@ def int4_quantize(weight_OI):
 
     Moonshot trained with INT4 in the loop and has not published its rounding; this is round-to-nearest.
     """
-    group_OGI = weight_OI.float().unflatten(-1, (-1, GROUP))
-    scale_OG = (group_OGI.abs().amax(-1) / 7).to(torch.bfloat16)
+    group_OGL = weight_OI.float().unflatten(-1, (-1, GROUP))
+    scale_OG = (group_OGL.abs().amax(-1) / 7).to(torch.bfloat16)
     scale_OG = torch.where(scale_OG == 0, torch.ones_like(scale_OG), scale_OG)
-    value_OI = (group_OGI / scale_OG.float().unsqueeze(-1)).round().clamp(-8, 7).to(torch.int32).flatten(-2)
-    shift_I = torch.arange(NIBBLES, device=weight_OI.device, dtype=torch.int32) * 4
-    return ((value_OI + 8).unflatten(-1, (-1, NIBBLES)) << shift_I).sum(-1, dtype=torch.int32), scale_OG
+    value_OI = (group_OGL / scale_OG.float().unsqueeze(-1)).round().clamp(-8, 7).to(torch.int32).flatten(-2)
+    return ((value_OI + 8).unflatten(-1, (-1, NIBBLES)) << nibble_shifts(weight_OI.device)).sum(-1, dtype=torch.int32), scale_OG
 
 
 class FP8Linear(nn.Module):

@@ -46,7 +46,7 @@ def rope_frequencies(config: K2Config):
         return plain_P
     turns_once = R * np.log(yarn.original_max_position_embeddings / (2 * np.pi * np.array([yarn.beta_fast, yarn.beta_slow]))) / (2 * np.log(theta))
     low, high = max(np.floor(turns_once[0]), 0), min(np.ceil(turns_once[1]), R - 1)
-    ramp_P = np.clip((pair_P - low) / (high - low if high > low else 0.001), 0, 1)
+    ramp_P = np.clip((pair_P - low) / (high - low or 0.001), 0, 1)
     return plain_P * (1 - ramp_P) + plain_P / yarn.factor * ramp_P
 
 
@@ -70,11 +70,18 @@ def attention(config: K2Config, weights, name: str, x_TD):
     kv_HSO = (c_kv_SC @ weights[f"{name}.kv_b_proj.weight"].T).reshape(T, H, -1).transpose(1, 0, 2)
     k_nope_HSN, v_HSV = kv_HSO[..., :N], kv_HSO[..., N:]
 
-    scores_HTS = q_nope_HTN @ k_nope_HSN.transpose(0, 2, 1) + q_rope_HTR @ k_rope_SR.T
-    scores_HTS = np.where(np.tri(T, dtype=bool), c.softmax_scale * scores_HTS, -np.inf)
+    scores_HTS = softmax_scale(c) * (q_nope_HTN @ k_nope_HSN.transpose(0, 2, 1) + q_rope_HTR @ k_rope_SR.T)
+    scores_HTS = np.where(np.tri(T, dtype=bool), scores_HTS, -np.inf)
     weights_HTS = np.exp(scores_HTS - scores_HTS.max(axis=-1, keepdims=True))
     mixed_HTV = weights_HTS / weights_HTS.sum(axis=-1, keepdims=True) @ v_HSV
     return mixed_HTV.transpose(1, 0, 2).reshape(T, -1) @ weights[f"{name}.o_proj.weight"].T
+
+
+def softmax_scale(config: K2Config) -> float:
+    """m^2 / sqrt(A), where YaRN's m grows with the logarithm of the factor and is 1 without YaRN."""
+    yarn = config.rope_scaling
+    m = 1 + 0.1 * yarn.mscale_all_dim * np.log(yarn.factor) if yarn else 1.0
+    return m**2 / np.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
 
 
 def queries(config: K2Config, weights, name: str, x_TD):

@@ -20,7 +20,7 @@ from k2 import config as k2_config  # noqa: E402  (the path comes first)
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and one gives the same bits everywhere
 
-MODEL_PATH = {f"test_{stem}" for stem in "norm rope embedding kv_cache attention router expert moe decoder model reference properties".split()}
+MODEL_PATH = {f"test_{stem}" for stem in "norm rope embedding kv_cache attention router expert moe decoder model reference quantization properties".split()}
 AXES = re.compile(r"_([A-Z]{1,4})$")
 LEGEND = set(re.findall(r"(?:^| )([A-Z])  ", k2_config.__doc__, re.MULTILINE))
 CONFIG_SIZES = {

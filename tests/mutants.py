@@ -289,7 +289,7 @@ MUTANTS = (
     ),
     Mutant(
         "INT4 nibbles read as two's complement", "quantization.py",
-        "((packed_OU.unsqueeze(-1) >> shift_I & 15) - 8)", "(((packed_OU.unsqueeze(-1) >> shift_I & 15) + 8) % 16 - 8)",
+        "((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) - 8)", "(((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) + 8) % 16 - 8)",
         "tests/test_quantization.py::test_the_nibble_is_offset_binary_and_not_twos_complement",
     ),
     # ---- the optimizer ----

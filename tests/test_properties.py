@@ -6,7 +6,6 @@ axes of one model pairwise distinct where their ranges allow it. The draws are t
 
 import contextlib
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -307,17 +306,6 @@ def test_a_constant_added_to_every_bias_changes_nothing(config, T, constant, see
 # ---- stored formats ----
 
 
-@contextlib.contextmanager
-def names_unchecked():
-    """conftest checks the model path's names. quantization.py is not on it: there I is a row of a group, too, and padded."""
-    checker = sys.getprofile()
-    sys.setprofile(None)
-    try:
-        yield
-    finally:
-        sys.setprofile(checker)
-
-
 @st.composite
 def matrices(draw, columns=st.integers(1, 300)):
     """float32 (O, I): normal numbers, each row and the whole at sizes of its own, and some zeros."""
@@ -329,7 +317,6 @@ def matrices(draw, columns=st.integers(1, 300)):
 
 @SOME
 @given(weight_OI=matrices())
-@names_unchecked()
 def test_fp8_keeps_every_number_within_half_a_step_and_its_own_values_exactly(weight_OI):
     code_OI, scale_BG = fp8_quantize(weight_OI)
     O, I = weight_OI.shape
@@ -345,7 +332,6 @@ def test_fp8_keeps_every_number_within_half_a_step_and_its_own_values_exactly(we
 
 @SOME
 @given(weight_OI=matrices(columns=st.integers(1, 9).map(lambda groups: 32 * groups)))
-@names_unchecked()
 def test_int4_keeps_every_number_within_half_a_step_and_its_own_values_exactly(weight_OI):
     packed_OU, scale_OG = int4_quantize(weight_OI)
     O, I = weight_OI.shape

@@ -3,18 +3,19 @@
     config      what the model is, and the axis legend
     reference   the whole model in numpy: the specification
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
-    quantization, checkpoint                                                           the weights
+    quantization, checkpoint, offload                                                  the weights
     tokenizer, sampling, generation                                                    text in, text out
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The dozen names below are the public face; everything a user can do wrong raises K2Error.
 """
 
-from .checkpoint import Checkpoint, load, save
+from .checkpoint import Checkpoint, save
 from .config import K2Config, K2Error
 from .generation import generate
 from .kv_cache import LatentCache
 from .model import K2
+from .offload import load
 from .tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "Tokenizer", "generate", "load", "save"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from . import reference
-from .checkpoint import load
 from .config import K2Config, K2Error
 from .generation import generate
+from .offload import load, parse_size, store_of
 from .tokenizer import Tokenizer
 
 MINI = Path(__file__).parent / "mini"
@@ -57,6 +57,7 @@ def add_generate(commands):
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
+    sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -93,14 +94,21 @@ def run_generate(options):
         raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 0 or more.")
     tokenizer = Tokenizer.from_directory(options.model)
     started = time.perf_counter()
-    model = load(options.model, device="cpu" if options.backend == "numpy" else device, dtype=torch.float32 if options.backend == "numpy" else DTYPES[options.dtype])
-    ids = tokenizer.encode(text)
+    if options.backend == "numpy":
+        model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
+    else:
+        model = load(options.model, device, DTYPES[options.dtype], ram=parse_size(options.ram) if options.ram else None)
+    ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
           f"loaded in {time.perf_counter() - started:.2f} s; prompt of {len(ids)} tokens", file=sys.stderr)  # fmt: skip
+    if store:
+        print(store.plan(), file=sys.stderr)
     new_ids = numpy_continuation(model, ids, tokenizer, options) if options.backend == "numpy" else generate(
         model, ids, options.max_new_tokens, options.temperature, options.top_p, options.seed, tokenizer.stop_ids)  # fmt: skip
     stream(new_ids, tokenizer)
+    if store:
+        print(store.statistics.line(), file=sys.stderr)
 
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):

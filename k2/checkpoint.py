@@ -25,6 +25,7 @@ from torch import nn
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object
 from .embedding import OutputHead
 from .model import K2
+from .moe import resident_experts
 from .quantization import (
     BLOCK,
     GROUP,
@@ -255,21 +256,22 @@ def compute_dtype(config: K2Config, dtype, device: torch.device):
     return torch.float32 if device.type == "cpu" and weights * 4 <= SMALL else None
 
 
-def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2:
-    """A model with a checkpoint's weights, ready to run (eval mode, no gradients).
+def load(directory, device="cpu", dtype="auto") -> K2:
+    """A model with a checkpoint's weights, all experts in it, ready to run (eval mode, no gradients).
 
     dtype None keeps the stored format at rest and computes in the checkpoint's torch_dtype; a torch dtype dequantises
     and casts at load; "auto" takes whichever serves the device (see compute_dtype). The non-routed weights are read
     and checked for NaN now; routed experts stay in the map until they are asked for, if they need no cast. The
-    embedding stays in the map on the CPU. Budgets for moving experts (gpu_memory, ram) belong to the expert store.
-    Raises K2Error for whatever is wrong with the files.
+    embedding stays in the map on the CPU. Raises K2Error for whatever is wrong with the files.
     """
-    if gpu_memory is not None or ram is not None:
-        raise K2Error("load: gpu_memory and ram are set; this version keeps all experts resident and has no expert store. Leave both at None.")
-    checkpoint, device = Checkpoint(directory), torch.device(device)
+    return filled_model(Checkpoint(directory), torch.device(device), dtype, resident_experts)
+
+
+def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_experts) -> K2:
+    """The same for an open checkpoint, its routed experts made by `make_experts(config, layer)`."""
     dtype = compute_dtype(checkpoint.config, dtype, device)
     with torch.device("meta"):
-        model = K2(checkpoint.config)
+        model = K2(checkpoint.config, make_experts)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not isinstance(module, OutputHead):
             parent, _, attribute = name.rpartition(".")
@@ -279,12 +281,12 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2
     return model.eval().requires_grad_(False)
 
 
-def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
-    """The Linear of a stored matrix: nn.Linear, or at rest in the stored format.
+def linear_from(checkpoint: Checkpoint, name: str, dtype, device, get=None) -> nn.Module:
+    """The Linear of a stored matrix: nn.Linear, or at rest in the stored format. `get` reads a tensor by name.
 
     kv_b_proj never stays quantised: absorption reads its matrix, not its product with a vector.
     """
-    get = checkpoint.tensor if ".experts." in name else checkpoint.finite
+    get = get or (checkpoint.tensor if ".experts." in name else checkpoint.finite)
     at_rest = dtype is None and not name.endswith("kv_b_proj")
     wide = dtype or DTYPE_NAMES[NAME_OF[checkpoint.config.torch_dtype]]
     if checkpoint.config.tensor_prefix + name + ".weight_packed" in checkpoint.weight_map:
@@ -294,7 +296,9 @@ def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
     weight_OI = get(f"{name}.weight")
     if weight_OI.dtype != torch.float8_e4m3fn:
         return plain_linear(weight_OI.to(wide), device)
-    scale_BG = checkpoint.finite(f"{name}.weight_scale_inv")
+    scale_BG = get(f"{name}.weight_scale_inv")
+    if not scale_BG.isfinite().all():
+        raise K2Error(f"{checkpoint.directory}: {name}.weight_scale_inv: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
     if scale_BG.abs().max() >= SCALE_LIMIT:
         raise K2Error(f"{checkpoint.directory}: {name}.weight_scale_inv holds {scale_BG.abs().max():g}; expected below {SCALE_LIMIT:g}. The shard is damaged: fetch it again.")
     return FP8Linear(weight_OI.to(device), scale_BG.to(device)) if at_rest else plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)

@@ -16,6 +16,7 @@ from .config import K2Config, K2Error
 from .decoder import DecoderLayer
 from .embedding import Embedding, OutputHead
 from .kv_cache import NO_CACHE, LatentCache, NoCache
+from .moe import resident_experts
 from .norm import RMSNorm
 from .rope import rope_angles, rope_frequencies
 
@@ -23,10 +24,10 @@ from .rope import rope_angles, rope_frequencies
 class Body(nn.Module):
     """ids (..., T) -> the last layer's normalised state (..., T, D)."""
 
-    def __init__(self, config: K2Config):
+    def __init__(self, config: K2Config, make_experts):
         super().__init__()
         self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, make_experts) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies_P = rope_frequencies(config)  # no parameter and no buffer: float64, whatever the weights are
 
@@ -43,12 +44,15 @@ class Body(nn.Module):
 
 
 class K2(nn.Module):
-    """The whole model. Made here it has no useful weights; `k2.load` fills it from a checkpoint."""
+    """The whole model. Made here it has no useful weights; `k2.load` fills it from a checkpoint.
 
-    def __init__(self, config: K2Config):
+    `make_experts(config, layer)` gives each MoE layer its experts; by default they are modules of the model.
+    """
+
+    def __init__(self, config: K2Config, make_experts=resident_experts):
         super().__init__()
         self.config = config
-        self.model = Body(config)
+        self.model = Body(config, make_experts)
         self.lm_head = OutputHead(config)
 
     def forward(self, ids, cache: LatentCache | None = None, positions=slice(None)):

@@ -29,15 +29,20 @@ class Experts(nn.ModuleList):
             yield e, self[e]
 
 
+def resident_experts(config: K2Config, layer: int) -> Experts:
+    """All experts of a layer as modules of the model."""
+    return Experts(Expert(config.hidden_size, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
+
+
 class MoE(nn.Module):
     """x (..., T, D) -> sum over the K chosen experts of weight x expert(x), plus the shared expert(x), (..., T, D)."""
 
-    def __init__(self, config: K2Config, layer: int):
+    def __init__(self, config: K2Config, layer: int, make_experts=resident_experts):
         super().__init__()
         D, F = config.hidden_size, config.moe_intermediate_size
         self.layer = layer
         self.gate = Router(config)
-        self.experts = Experts(Expert(D, F) for _ in range(config.n_routed_experts))
+        self.experts = make_experts(config, layer)
         # Several shared experts are stored as one of their joint width: side by side they are the same function.
         self.shared_experts = Expert(D, F * config.n_shared_experts)
 

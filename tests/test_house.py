@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
-ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model checkpoint tokenizer
+ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model checkpoint offload tokenizer
     sampling generation bench training/muonclip training/corpus training/pretraining training/evaluation""".split()
 FACES = ("__init__", "__main__", "training/__init__")
 # Each third-party package and the files that may import it; torch and numpy are everywhere but where a test below says otherwise.

@@ -1,0 +1,261 @@
+"""The expert store: the same bits at every budget, in every order of arrival, and through every fault."""
+
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from small import assert_same, random_ids, random_model, small_config
+
+import k2
+from k2 import K2Error, checkpoint, offload
+from k2.__main__ import main
+from k2.checkpoint import Checkpoint, save
+from k2.offload import ExpertStore, Slots, parse_size, store_of, weight_bytes
+
+FORMATS = ("fp32", "bf16", "fp8", "int4")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def directory(request, tmp_path_factory):
+    """A checkpoint of 22 experts in two layers, in each stored format, in two shards."""
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), directory, format=request.param, shards=2)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """One FP8 checkpoint, for what does not depend on the format."""
+    directory = tmp_path_factory.mktemp("one") / "model"
+    save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), directory, format="fp8", shards=2)
+    return directory
+
+
+def with_slots(directory, count: int, dtype=None, readers: int = 2):
+    """(the model with `count` slots for its experts, its store)"""
+    opened = Checkpoint(directory)
+    size = ExpertStore(opened, 2**30).slots.rooms.shape[1]
+    store = ExpertStore(opened, count * size, readers)
+    return checkpoint.filled_model(opened, torch.device("cpu"), dtype, store.layer), store
+
+
+def logits_and_text(model):
+    """What must not depend on the budget: a prefill, a batch and a few steps of decode."""
+    ids = random_ids(model.config, 40, seed=3)
+    with torch.inference_mode():
+        return model(ids), model(ids.view(2, 20)), list(k2.generate(model, ids.tolist(), 12))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
+    expected = logits_and_text(checkpoint.load(directory, dtype=dtype))
+    for count in (1, 2, 3, 5, 11, 21, 22, 100):
+        model, store = with_slots(directory, count, dtype)
+        found = logits_and_text(model)
+        assert_same(found[0], expected[0], f"{count} slots")
+        assert_same(found[1], expected[1], f"{count} slots, a batch")
+        assert found[2] == expected[2]
+        assert len(store.slots.free) + len(store.slots.slot_of) == min(count, 22) and not store.slots.held
+
+
+def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
+    expected = logits_and_text(checkpoint.load(fp8, dtype=None))
+    plain, dice = offload.Shards.read, random.Random(0)
+
+    def delayed(self, span, slot):
+        time.sleep(dice.random() * 0.002)
+        return plain(self, span, slot)
+
+    monkeypatch.setattr(offload.Shards, "read", delayed)
+    for readers in (1, 2, 7):
+        found = logits_and_text(with_slots(fp8, 6, readers=readers)[0])
+        assert_same(found[0], expected[0], f"{readers} readers")
+        assert found[2] == expected[2]
+
+
+def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(fp8):
+    model, store = with_slots(fp8, 7)
+    resident, dice = checkpoint.load(fp8, dtype=None), random.Random(1)
+    x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
+    for _ in range(1000):
+        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.randint(1, 11)))
+        found = {}
+        for e, expert in store.fetch(layer, ids):
+            assert len(store.slots.slot_of) <= 7 and len(set(store.slots.slot_of.values())) == len(store.slots.slot_of)
+            found[e] = expert(x_MD)
+        assert sorted(found) == ids
+        for e in ids:
+            assert_same(found[e], expected[layer, e], f"layer {layer}, expert {e}")
+    statistics = store.statistics
+    assert statistics.hits > 0 and statistics.misses > 0 and statistics.bytes_read >= statistics.misses * 3 * 64 * 32
+
+
+def test_a_loop_that_is_left_early_leaves_no_slot_held_and_no_stale_bytes(fp8):
+    model, store = with_slots(fp8, 4)
+    expected = logits_and_text(checkpoint.load(fp8, dtype=None))
+    for stop in range(5):
+        for count, _ in enumerate(store.fetch(1, list(range(11)))):
+            if count == stop:
+                break
+        assert not store.slots.held
+    assert_same(logits_and_text(model)[0], expected[0], "after loops that were left")
+
+
+def test_reads_start_before_the_first_expert_is_asked_for(fp8, monkeypatch):
+    _, store = with_slots(fp8, 4)
+    started, plain = threading.Event(), offload.Shards.read
+    monkeypatch.setattr(offload.Shards, "read", lambda self, span, slot: (started.set(), plain(self, span, slot))[1])
+    arriving = store.fetch(1, [3])
+    assert started.wait(10), "no read was started"
+    assert [e for e, _ in arriving] == [3]
+
+
+def test_the_least_recently_used_expert_makes_room(fp8):
+    _, store = with_slots(fp8, 3)
+
+    def ask(*ids):
+        before = store.statistics.misses
+        for _ in store.fetch(1, list(ids)):
+            pass
+        return store.statistics.misses - before
+
+    assert [ask(1), ask(2), ask(3)] == [1, 1, 1]
+    assert ask(1) == 0 and ask(4) == 1  # 2 went, as 1 was used since
+    assert ask(1) == ask(3) == ask(4) == 0 and ask(2) == 1
+
+
+# ---- faults ----
+
+
+def test_a_shard_that_is_cut_while_running_ends_with_its_name(fp8, tmp_path):
+    import shutil
+
+    directory = tmp_path / "model"
+    shutil.copytree(fp8, directory)
+    model, store = with_slots(directory, 1)
+    for path in directory.glob("*.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(K2Error, match=r"model-\d-of-2.safetensors.*changed while running"):
+        for e in range(11):
+            list(store.fetch(1, [e]))
+            list(store.fetch(2, [e]))
+    assert not store.slots.held
+
+
+def test_a_shard_that_is_written_to_while_running_never_gives_new_bytes(fp8, tmp_path):
+    import shutil
+
+    directory = tmp_path / "model"
+    shutil.copytree(fp8, directory)
+    _, store = with_slots(directory, 2)
+    list(store.fetch(1, [0]))
+    path = directory / "model-1-of-2.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x11\x11")
+    os.utime(path, ns=(1, 1))  # whatever the clock's grain is, the time differs
+    with pytest.raises(K2Error, match="changed while running"):
+        for e in range(1, 11):
+            list(store.fetch(1, [e]))
+
+
+def test_a_shard_that_is_replaced_goes_on_from_the_old_one(fp8, tmp_path):
+    import shutil
+
+    directory = tmp_path / "model"
+    shutil.copytree(fp8, directory)
+    expected = logits_and_text(checkpoint.load(fp8, dtype=None))
+    model, _ = with_slots(directory, 2)
+    for path in directory.glob("*.safetensors"):
+        (tmp_path / "new").write_bytes(b"other bytes")
+        os.replace(tmp_path / "new", path)
+    assert_same(logits_and_text(model)[0], expected[0], "after the files were replaced")
+
+
+def test_a_read_error_names_the_shard_and_the_next_request_works(fp8, monkeypatch):
+    model, store = with_slots(fp8, 3)
+    expected = logits_and_text(checkpoint.load(fp8, dtype=None))
+    plain, calls = os.preadv, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return plain(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(K2Error, match=r"safetensors: could not be read at \d+: Input/output error"):
+        list(store.fetch(1, [0, 1, 2, 3]))
+    assert not store.slots.held
+    assert_same(logits_and_text(model)[0], expected[0], "after the error")
+
+
+def test_a_file_system_without_direct_reads_is_read_plainly(fp8, monkeypatch):
+    expected, plain = logits_and_text(checkpoint.load(fp8, dtype=None)), os.open
+
+    def refusing(path, flags, *rest):
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(22, "Invalid argument")
+        return plain(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert_same(logits_and_text(with_slots(fp8, 2)[0])[0], expected[0], "plain reads")
+
+
+# ---- budgets ----
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(fp8):
+    with pytest.raises(K2Error, match="every token needs take .* bytes; expected at most the 1,000 given.*--ram"):
+        k2.load(fp8, dtype=None, ram=1000)
+    _, rest = weight_bytes(Checkpoint(fp8), None)
+    with pytest.raises(K2Error, match="expected at least .*, the size of one"):
+        k2.load(fp8, dtype=None, ram=rest + 100)
+
+
+def test_experts_are_resident_where_all_fit(fp8):
+    routed, rest = weight_bytes(Checkpoint(fp8), None)
+    assert store_of(k2.load(fp8, dtype=None, ram=routed + rest)) is None
+    assert store_of(k2.load(fp8, dtype=None, ram=routed + rest - 1)) is not None
+    assert store_of(k2.load(fp8, dtype=None)) is None
+
+
+def test_weights_are_counted_as_they_will_lie_in_memory(directory):
+    opened = Checkpoint(directory)
+    for dtype in (None, torch.float32):
+        model = checkpoint.load(directory, dtype=dtype)
+        sizes = {name: t.numel() * t.element_size() for name, t in model.state_dict().items() if "embed_tokens" not in name}
+        routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+        assert weight_bytes(opened, dtype)[0] >= routed * 0.99
+        assert abs(weight_bytes(opened, dtype)[1] / (sum(sizes.values()) - routed) - 1) < 0.3  # kv_b_proj is widened
+
+
+@pytest.mark.parametrize("text, size", [("3GB", 3_000_000_000), ("512 mb", 512_000_000), ("1.5e3", 1500), ("7", 7), ("2TB", 2_000_000_000_000)])
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "3XB", "1..2GB", "1e999", "3 GB free"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(K2Error, match="3GB"):
+        parse_size(text)
+
+
+def test_slots_never_share_bytes_and_start_at_pages():
+    slots = Slots(5, 4096)
+    starts = [room.data_ptr() for room in slots.rooms]
+    assert all(start % 4096 == 0 for start in starts) and len(set(starts)) == 5
+
+
+def test_the_command_line_gives_the_same_text_and_says_what_moved(capfd):
+    arguments = ["generate", "import ", "--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]
+    assert main(arguments) == 0
+    expected = capfd.readouterr().out
+    assert main([*arguments, "--ram", "12MB"]) == 0
+    found = capfd.readouterr()
+    assert found.out == expected
+    assert "slots of 0.08 MB for 144 experts" in found.err and "GB read from disk" in found.err

@@ -52,7 +52,7 @@ def logits_and_text(model):
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
     expected = logits_and_text(checkpoint.load(directory, dtype=dtype))
-    for count in (1, 2, 3, 5, 11, 21, 22, 100):
+    for count in (1, 2, 5, 21, 100):
         model, store = with_slots(directory, count, dtype)
         found = logits_and_text(model)
         assert_same(found[0], expected[0], f"{count} slots")
@@ -82,14 +82,12 @@ def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(f
     x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
     for _ in range(1000):
-        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.randint(1, 11)))
+        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 2, 3, 4, 11))))
         found = {}
         for e, expert in store.fetch(layer, ids):
             assert len(store.slots.slot_of) <= 7 and len(set(store.slots.slot_of.values())) == len(store.slots.slot_of)
             found[e] = expert(x_MD)
-        assert sorted(found) == ids
-        for e in ids:
-            assert_same(found[e], expected[layer, e], f"layer {layer}, expert {e}")
+        assert sorted(found) == ids and all(torch.equal(found[e], expected[layer, e]) for e in ids), f"layer {layer}, experts {ids}"
     statistics = store.statistics
     assert statistics.hits > 0 and statistics.misses > 0 and statistics.bytes_read >= statistics.misses * 3 * 64 * 32
 

@@ -57,6 +57,7 @@ def add_generate(commands):
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
+    sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
@@ -97,7 +98,7 @@ def run_generate(options):
     if options.backend == "numpy":
         model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], ram=parse_size(options.ram) if options.ram else None)
+        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram))
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "

@@ -147,14 +147,17 @@ def data_start(path: Path) -> int:
 
 
 class Slots:
-    """Equal rooms in one arena, and who is in which: least recently used first."""
+    """One tier: equal rooms in one arena, and who is in which, least recently used first."""
 
-    def __init__(self, count: int, size: int):
-        self.size = size
-        arena = torch.empty(count * size + PAGE, dtype=torch.uint8)
+    def __init__(self, size: int, budget: int, most: int, device: torch.device):
+        count = min(budget // size, most)
+        if count < 1:
+            raise K2Error(f"memory: {budget:,} bytes are left for experts on {device}; expected at least {size:,}, the size of one. Give more, or use a smaller model.")
+        arena = torch.empty(count * size + PAGE, dtype=torch.uint8, device=device)
         start = -arena.data_ptr() % PAGE
         self.rooms = arena[start : start + count * size].view(count, size)
         self.free = deque(range(count))
+        self.experts: dict[int, Expert] = {}  # modules around a slot's bytes, by slot
         self.slot_of: OrderedDict[Key, int] = OrderedDict()
         self.held: set[Key] = set()
 
@@ -178,9 +181,15 @@ class Slots:
         return True
 
     def forget(self, key: Key):
-        """Empty the expert's slot."""
-        self.free.append(self.slot_of.pop(key))
+        """Empty the expert's slot; a module that was around it must not serve the next tenant."""
+        slot = self.slot_of.pop(key)
+        self.experts.pop(slot, None)
+        self.free.append(slot)
         self.held.discard(key)
+
+    def room(self, key: Key) -> torch.Tensor:
+        """The expert's slot, uint8."""
+        return self.rooms[self.slot_of[key]]
 
 
 @dataclass
@@ -188,20 +197,28 @@ class Statistics:
     """What moved since the store was made."""
 
     hits: int = 0
+    lifted: int = 0
     misses: int = 0
+    bytes_lifted: int = 0
     bytes_read: int = 0
     seconds_waited: float = 0.0
 
     def line(self) -> str:
         """The same in words."""
         asked = max(self.hits + self.misses, 1)
-        return f"experts: {self.hits / asked:.0%} of {asked} were in a slot; {self.bytes_read / 1e9:.2f} GB read from disk, {self.seconds_waited:.2f} s waited for"
+        bus = f", {self.bytes_lifted / 1e9:.2f} GB moved to the device" if self.lifted else ""
+        return f"experts: {self.hits / asked:.0%} of {asked} were in memory; {self.bytes_read / 1e9:.2f} GB read from disk, {self.seconds_waited:.2f} s waited for{bus}"
 
 
 class ExpertStore:
-    """All routed experts of a checkpoint, as many of them in memory as `ram` bytes hold."""
+    """All routed experts of a checkpoint, as many of them in memory as `ram` bytes hold.
 
-    def __init__(self, checkpoint: Checkpoint, ram: int, readers: int = 2):
+    With `device_memory` there is a second tier of so many bytes on `device`, where the experts then compute: an expert
+    that is in RAM and not there is copied up, and stays in RAM too until it is evicted. The order of copies and of the
+    products that use them is the device's own queue, so that no slot is overwritten while it is read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2):
         if not hasattr(os, "preadv"):
             raise K2Error("ram: reading experts from disk needs preadv, which this operating system lacks. Use Linux, or a model that fits into memory.")
         config = checkpoint.config
@@ -210,42 +227,41 @@ class ExpertStore:
         self.checkpoint = checkpoint
         self.records = {(i, e): expert_record(checkpoint, starts, i, e) for i in layers for e in range(config.n_routed_experts)}
         size = max(record.size for record in self.records.values())
-        count = min(ram // size, len(self.records))
-        if count < 1:
-            raise K2Error(f"ram: {ram:,} bytes are left for experts; expected at least {size:,}, the size of one. Give more memory, or use a smaller model.")
-        self.slots = Slots(count, size)
+        self.ram = Slots(size, ram, len(self.records), torch.device("cpu"))
+        self.upper = self.ram if device_memory is None else Slots(size, device_memory, len(self.records), device)  # where experts compute
+        self.device = device
         self.shards = Shards(checkpoint, {span.file for record in self.records.values() for span in record.spans})
-        self.experts: dict[int, Expert] = {}  # by slot
         self.kept: dict[str, torch.Tensor] = {}
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
         self.statistics = Statistics()
 
     def plan(self) -> str:
         """What is in memory and what is not, in words."""
-        count, size = self.slots.rooms.shape
-        return f"experts: {count} slots of {size / 1e6:.2f} MB for {len(self.records)} experts; the others are read from disk when they are asked for"
+        count, size = self.ram.rooms.shape
+        above = f" and {len(self.upper.rooms)} on {self.device}" if self.upper is not self.ram else ""
+        return f"experts: {count} slots of {size / 1e6:.2f} MB in RAM{above} for {len(self.records)} experts; the others are read from disk when they are asked for"
 
     def layer(self, config: K2Config, index: int) -> "StoredExperts":
         """What moe.py is given in place of resident experts."""
         return StoredExperts(self, index)
 
     def fetch(self, layer: int, ids: list[int]):
-        """Start reading what is not in a slot, as far as there are slots to read into; an iterator of (id, expert)."""
+        """Start reading what is not in memory, as far as there are slots to read into; an iterator of (id, expert)."""
         keys = [(layer, e) for e in ids]
-        hits = [key for key in keys if self.slots.hold(key)]
-        missing = deque(key for key in keys if key not in self.slots.held)
-        self.statistics.hits += len(hits)
+        ready = [key for key in keys if self.upper.hold(key)]
+        below = [key for key in keys if key not in self.upper.held and self.ram.hold(key)]
+        missing = deque(key for key in keys if key not in self.upper.held and key not in self.ram.held)
+        self.statistics.hits += len(keys) - len(missing)
         self.statistics.misses += len(missing)
         reading: dict[Future, Key] = {}
         self.start_reading(missing, reading)
-        return self.arriving(hits, missing, reading)
+        return self.arriving(ready + below, missing, reading)
 
     def start_reading(self, missing: deque, reading: dict):
         """Hand the readers as many experts as there are slots that nobody holds."""
-        while missing and self.slots.reserve(missing[0]):
+        while missing and self.ram.reserve(missing[0]):
             key = missing.popleft()
-            room = self.slots.rooms[self.slots.slot_of[key]]
-            reading[self.readers.submit(self.read, key, memoryview(room.numpy()))] = key
+            reading[self.readers.submit(self.read, key, memoryview(self.ram.room(key).numpy()))] = key
 
     def read(self, key: Key, slot: memoryview) -> int:
         """All of one expert's spans, in a reader's thread; the number of bytes."""
@@ -256,8 +272,8 @@ class ExpertStore:
         is its slot let go. However this ends, no slot is left held and none that was not filled counts as filled."""
         try:
             for key in hits:
-                yield key[1], self.experts[self.slots.slot_of[key]]
-                self.slots.held.discard(key)
+                yield key[1], self.expert(key)
+                self.release(key)
                 self.start_reading(missing, reading)
             while reading:
                 started = time.perf_counter()
@@ -266,16 +282,33 @@ class ExpertStore:
                 for future in landed:
                     self.statistics.bytes_read += future.result()
                     key = reading.pop(future)
-                    slot = self.slots.slot_of[key]
-                    self.experts[slot] = self.expert_in(self.slots.rooms[slot], key)
-                    yield key[1], self.experts[slot]
-                    self.slots.held.discard(key)
+                    yield key[1], self.expert(key)
+                    self.release(key)
                 self.start_reading(missing, reading)
         finally:
             wait(reading)
             for key in reading.values():
-                self.slots.forget(key)
-            self.slots.held.clear()
+                self.ram.forget(key)
+            self.ram.held.clear()
+            self.upper.held.clear()
+
+    def release(self, key: Key):
+        """Let its slots be given to others."""
+        self.ram.held.discard(key)
+        self.upper.held.discard(key)
+
+    def expert(self, key: Key) -> Expert:
+        """The expert's module in the tier that computes, its bytes copied up if they were not there."""
+        if not self.upper.hold(key):
+            self.upper.reserve(key)
+            self.upper.room(key).copy_(self.ram.room(key))
+            self.ram.held.discard(key)
+            self.statistics.lifted += 1
+            self.statistics.bytes_lifted += self.records[key].size
+        slot = self.upper.slot_of[key]
+        if slot not in self.upper.experts:
+            self.upper.experts[slot] = self.expert_in(self.upper.rooms[slot], key)
+        return self.upper.experts[slot]
 
     def expert_in(self, room, key: Key) -> Expert:
         """The expert's module around its bytes."""
@@ -295,13 +328,13 @@ class ExpertStore:
             kind = full.rpartition(".")[2]
             return parts[kind] if kind in parts else self.small(full)
 
-        linear = files.linear_from(self.checkpoint, name, None, torch.device("cpu"), get)
+        linear = files.linear_from(self.checkpoint, name, None, self.device, get)
         return WideningLinear(linear.weight) if type(linear) is nn.Linear else linear
 
     def small(self, full: str) -> torch.Tensor:
         """A tensor that lies far from its weights in the file and is small: kept once read, 250 MB for all of K2."""
         if full not in self.kept:
-            self.kept[full] = self.checkpoint.finite(full).clone()
+            self.kept[full] = self.checkpoint.finite(full).clone().to(self.device)
         return self.kept[full]
 
 
@@ -362,8 +395,10 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 * 2**30
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "3GB", "512 MB" or "2.5e9": decimal units, as memory and disks are sold."""
+def parse_size(text: str | None) -> int | None:
+    """Bytes of "3GB", "512 MB" or "2.5e9": decimal units, as memory and disks are sold. None stays None."""
+    if text is None:
+        return None
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?(|B|KB|MB|GB|TB)", text.strip(), re.IGNORECASE)
     try:
         return int(float(found[1]) * {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[found[2].upper()])
@@ -372,23 +407,26 @@ def parse_size(text: str) -> int:
 
 
 def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2:
-    """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into memory, and else
-    with an expert store in their place.
+    """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into the device's
+    memory, and else with an expert store in their place.
 
-    ram is the bytes that the weights may take, the non-routed ones included; without it, nine tenths of what is free
-    now. The tokens do not depend on it. Raises K2Error if the non-routed weights and one expert do not fit.
+    ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
+    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. Raises K2Error if
+    the non-routed weights and one expert do not fit.
     """
-    if gpu_memory is not None:
-        raise K2Error("load: gpu_memory is set; experts on a GPU are not moved yet. Leave it at None: the GPU then holds all of them, or none.")
     checkpoint, device = Checkpoint(directory), torch.device(device)
+    if gpu_memory is not None and device.type == "cpu":
+        raise K2Error("--gpu-memory: set for a model on the CPU; expected a GPU. Use --ram, or --device cuda.")
     dtype = compute_dtype(checkpoint.config, dtype, device)
     routed, rest = weight_bytes(checkpoint, dtype)
-    room = int(free_memory() * 0.9) if ram is None else ram
-    if device.type != "cpu" or routed + rest <= room:
+    ram = int(free_memory() * 0.9) if ram is None else ram
+    on_gpu = device.type != "cpu"
+    room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    if routed + rest <= room:
         return filled_model(checkpoint, device, dtype, files.resident_experts)
     if room < rest:
-        raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with --ram, or use a machine with more memory.")
-    store = ExpertStore(checkpoint, room - rest)
+        raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
+    store = ExpertStore(checkpoint, ram, device, room - rest) if on_gpu else ExpertStore(checkpoint, ram - rest)
     return filled_model(checkpoint, device, dtype, store.layer)
 
 

@@ -292,6 +292,17 @@ MUTANTS = (
         "((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) - 8)", "(((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) + 8) % 16 - 8)",
         "tests/test_quantization.py::test_the_nibble_is_offset_binary_and_not_twos_complement",
     ),
+    # ---- the expert store ----
+    Mutant(
+        "a stale expert slot: the last tenant's module serves the next", "offload.py",
+        "        self.experts.pop(slot, None)\n", "",
+        "tests/test_offload.py::test_a_slots_next_tenant_is_never_taken_for_its_last",
+    ),
+    Mutant(
+        "a slot given away while its expert is in use", "offload.py",
+        "oldest = next((k for k in self.slot_of if k not in self.held), None)", "oldest = next(iter(self.slot_of), None)",
+        "tests/test_offload.py::test_a_slot_in_use_is_never_given_away",
+    ),
     # ---- the optimizer ----
     Mutant(
         "QK-Clip touches the shared rotary key", "training/muonclip.py",

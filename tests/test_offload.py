@@ -2,8 +2,10 @@
 
 import os
 import random
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +36,11 @@ def fp8(tmp_path_factory):
     return directory
 
 
-def with_slots(directory, count: int, dtype=None, readers: int = 2):
-    """(the model with `count` slots for its experts, its store)"""
+def with_slots(directory, count: int, dtype=None, readers: int = 2, upper: int | None = None):
+    """(the model with `count` slots for its experts, its store); `upper` slots of a second pool stand in for a GPU's."""
     opened = Checkpoint(directory)
-    size = ExpertStore(opened, 2**30).slots.rooms.shape[1]
-    store = ExpertStore(opened, count * size, readers)
+    size = ExpertStore(opened, 2**30).ram.rooms.shape[1]
+    store = ExpertStore(opened, count * size, device_memory=upper and upper * size, readers=readers)
     return checkpoint.filled_model(opened, torch.device("cpu"), dtype, store.layer), store
 
 
@@ -58,7 +60,26 @@ def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
         assert_same(found[0], expected[0], f"{count} slots")
         assert_same(found[1], expected[1], f"{count} slots, a batch")
         assert found[2] == expected[2]
-        assert len(store.slots.free) + len(store.slots.slot_of) == min(count, 22) and not store.slots.held
+        assert len(store.ram.free) + len(store.ram.slot_of) == min(count, 22) and not store.ram.held
+
+
+@pytest.mark.parametrize("count, upper", [(1, 1), (1, 5), (5, 1), (3, 4), (22, 2), (2, 22), (22, 22)])
+def test_logits_are_the_same_bit_for_bit_with_a_second_tier(directory, count, upper):
+    expected = logits_and_text(checkpoint.load(directory, dtype=None))
+    model, store = with_slots(directory, count, upper=upper)
+    found = logits_and_text(model)
+    assert_same(found[0], expected[0], f"{count} slots, {upper} above")
+    assert_same(found[1], expected[1], f"{count} slots, {upper} above, a batch")
+    assert found[2] == expected[2] and store.statistics.lifted > 0
+    assert not store.ram.held and not store.upper.held and len(store.upper.slot_of) <= upper
+
+
+def test_an_expert_above_needs_no_slot_below(fp8):
+    _, store = with_slots(fp8, 1, upper=5)
+    for _ in range(3):
+        for e in range(5):
+            assert [found for found, _ in store.fetch(1, [e])] == [e]
+    assert store.statistics.misses == 5 and store.statistics.hits == 10
 
 
 def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
@@ -77,7 +98,7 @@ def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
 
 
 def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(fp8):
-    model, store = with_slots(fp8, 7)
+    model, store = with_slots(fp8, 7, upper=3)
     resident, dice = checkpoint.load(fp8, dtype=None), random.Random(1)
     x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
@@ -85,11 +106,23 @@ def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(f
         layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 2, 3, 4, 11))))
         found = {}
         for e, expert in store.fetch(layer, ids):
-            assert len(store.slots.slot_of) <= 7 and len(set(store.slots.slot_of.values())) == len(store.slots.slot_of)
+            for tier, count in ((store.ram, 7), (store.upper, 3)):
+                assert len(tier.slot_of) <= count and len(set(tier.slot_of.values())) == len(tier.slot_of)
             found[e] = expert(x_MD)
         assert sorted(found) == ids and all(torch.equal(found[e], expected[layer, e]) for e in ids), f"layer {layer}, experts {ids}"
     statistics = store.statistics
     assert statistics.hits > 0 and statistics.misses > 0 and statistics.bytes_read >= statistics.misses * 3 * 64 * 32
+
+
+def test_a_slots_next_tenant_is_never_taken_for_its_last():
+    with tempfile.TemporaryDirectory() as folder:
+        save(random_model(small_config()), Path(folder) / "model", format="fp32", shards=1)
+        resident, x_MD = checkpoint.load(Path(folder) / "model"), torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+        for upper in (None, 1):
+            _, store = with_slots(Path(folder) / "model", 2, upper=upper)
+            for e in (0, 1, 2, 0, 3, 1):
+                [(found, expert)] = store.fetch(1, [e])
+                assert found == e and torch.equal(expert(x_MD), resident.model.layers[1].mlp.experts[e](x_MD)), f"expert {e} is another"
 
 
 def test_a_loop_that_is_left_early_leaves_no_slot_held_and_no_stale_bytes(fp8):
@@ -99,7 +132,7 @@ def test_a_loop_that_is_left_early_leaves_no_slot_held_and_no_stale_bytes(fp8):
         for count, _ in enumerate(store.fetch(1, list(range(11)))):
             if count == stop:
                 break
-        assert not store.slots.held
+        assert not store.ram.held
     assert_same(logits_and_text(model)[0], expected[0], "after loops that were left")
 
 
@@ -141,7 +174,7 @@ def test_a_shard_that_is_cut_while_running_ends_with_its_name(fp8, tmp_path):
         for e in range(11):
             list(store.fetch(1, [e]))
             list(store.fetch(2, [e]))
-    assert not store.slots.held
+    assert not store.ram.held
 
 
 def test_a_shard_that_is_written_to_while_running_never_gives_new_bytes(fp8, tmp_path):
@@ -188,7 +221,7 @@ def test_a_read_error_names_the_shard_and_the_next_request_works(fp8, monkeypatc
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(K2Error, match=r"safetensors: could not be read at \d+: Input/output error"):
         list(store.fetch(1, [0, 1, 2, 3]))
-    assert not store.slots.held
+    assert not store.ram.held
     assert_same(logits_and_text(model)[0], expected[0], "after the error")
 
 
@@ -243,8 +276,15 @@ def test_other_sizes_are_refused(text):
         parse_size(text)
 
 
+def test_a_slot_in_use_is_never_given_away():
+    slots = Slots(4096, 2 * 4096, 9, torch.device("cpu"))
+    assert slots.reserve((1, 0)) and slots.reserve((1, 1)) and not slots.reserve((1, 2))
+    slots.held.discard((1, 1))
+    assert slots.reserve((1, 2)) and list(slots.slot_of) == [(1, 0), (1, 2)]
+
+
 def test_slots_never_share_bytes_and_start_at_pages():
-    slots = Slots(5, 4096)
+    slots = Slots(4096, 5 * 4096 + 17, 9, torch.device("cpu"))
     starts = [room.data_ptr() for room in slots.rooms]
     assert all(start % 4096 == 0 for start in starts) and len(set(starts)) == 5
 
@@ -256,4 +296,4 @@ def test_the_command_line_gives_the_same_text_and_says_what_moved(capfd):
     assert main([*arguments, "--ram", "12MB"]) == 0
     found = capfd.readouterr()
     assert found.out == expected
-    assert "slots of 0.08 MB for 144 experts" in found.err and "GB read from disk" in found.err
+    assert "slots of 0.08 MB in RAM for 144 experts" in found.err and "GB read from disk" in found.err

@@ -1,0 +1,165 @@
+"""Equal to the real file on paper: the names, dtypes, shapes and shards of all tensors of Kimi-K2-Instruct, from its config.
+
+The real checkpoint's table is not in this repository; its digest is. With K2_TENSOR_TABLE=FILE (a JSON object, gzipped or
+not, {name: {"dtype", "shape", "file"}}) the two are compared line by line.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2.checkpoint import IGNORED_TENSORS, expected_tensors, shard_names
+from k2.config import K2Config
+
+CONFIG = Path(__file__).parent.parent / "k2" / "configs" / "kimi-k2-instruct.json"
+TENSORS, BYTES = 139_644, 1_029_173_256_720
+DIGEST = "0c081ed30630d5eb3bfa9d6f404dd28da11ac07db2b47527d9e55b224ac6de82"  # of the sorted lines "name dtype shape file"
+SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+
+
+def released_tensors() -> dict[str, dict]:
+    """What the config implies, and the 61 stale buffers that the real file has besides, one beside each layer."""
+    config = K2Config.from_json(CONFIG)
+    specs = expected_tensors(config)
+    files = shard_names(config, specs, 61)
+    tensors = {name: {"dtype": spec.dtypes[0], "shape": list(spec.shape), "file": files[name]} for name, spec in specs.items()}
+    for i in range(61):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = {"dtype": "BF16", "shape": [56], "file": f"model-{i + 1}-of-61.safetensors"}
+    return tensors
+
+
+def lines(tensors: dict[str, dict]) -> list[str]:
+    return sorted(f"{name} {t['dtype']} {t['shape']} {t['file']}" for name, t in tensors.items())
+
+
+def tensor_bytes(t: dict) -> int:
+    return math.prod(t["shape"]) * SIZES[t["dtype"]]
+
+
+def test_the_configs_layout_has_the_real_files_digest_and_totals():
+    tensors = released_tensors()
+    assert len(tensors) == TENSORS and sum(map(tensor_bytes, tensors.values())) == BYTES
+    assert hashlib.sha256("\n".join(lines(tensors)).encode()).hexdigest() == DIGEST
+
+
+def test_the_digest_notices_one_changed_line():
+    tensors = released_tensors()
+    tensors["model.layers.7.mlp.gate.e_score_correction_bias"]["dtype"] = "BF16"
+    assert hashlib.sha256("\n".join(lines(tensors)).encode()).hexdigest() != DIGEST
+
+
+@pytest.mark.oracle
+def test_the_real_table_differs_in_no_line():
+    path = os.environ.get("K2_TENSOR_TABLE")
+    if not path:
+        pytest.skip("K2_TENSOR_TABLE is not set: the digest stands for the real checkpoint's table, which is not shipped")
+    raw = Path(path).read_bytes()
+    real = set(lines(json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)))
+    ours = set(lines(released_tensors()))
+    assert hashlib.sha256("\n".join(sorted(real)).encode()).hexdigest() == DIGEST
+    found = [f"only in the real file: {line}" for line in sorted(real - ours)] + [f"only in ours: {line}" for line in sorted(ours - real)]
+    assert not found, f"{len(found)} lines differ:\n" + "\n".join(found[:20])
+
+
+def test_every_tensor_is_used_or_ignored_by_name_with_a_reason():
+    used, ignored = set(expected_tensors(K2Config.from_json(CONFIG))), {}
+    for name in released_tensors().keys() - used:
+        ignored[name] = [reason for pattern, reason in IGNORED_TENSORS if pattern.search(name)]
+    assert len(used) == 139_583 and len(ignored) == 61 and all(len(reasons) == 1 for reasons in ignored.values())
+    assert all(name.endswith("rotary_emb.inv_freq") for name in ignored)
+    assert not any(pattern.search(name) for pattern, _ in IGNORED_TENSORS for name in used)
+
+
+# ---- the whole checkpoint as sparse files ----
+
+
+MARKED = "model.layers.30.mlp.experts.217."  # the one expert whose bytes are not zero
+
+
+def write_sparse_checkpoint(folder: Path) -> int:
+    """All 61 shards with their real headers and sizes and holes for weights; returns the bytes that they take on the disk."""
+    by_file, tensors = {}, released_tensors()
+    for name, t in tensors.items():
+        by_file.setdefault(t["file"], []).append(name)
+    for file, names in by_file.items():
+        header, end = {}, 0
+        for name in sorted(names, key=lambda name: (-SIZES[tensors[name]["dtype"]], name)):  # safetensors' own order
+            begin, end = end, end + tensor_bytes(tensors[name])
+            header[name] = {"dtype": tensors[name]["dtype"], "shape": tensors[name]["shape"], "data_offsets": [begin, end]}
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        with open(folder / file, "wb") as shard:
+            shard.write(len(raw).to_bytes(8, "little") + raw)
+            for name in names:
+                if name.startswith(MARKED):
+                    begin, stop = header[name]["data_offsets"]
+                    shard.seek(8 + len(raw) + begin)
+                    shard.write(marked_bytes(name, stop - begin))
+            shard.truncate(8 + len(raw) + end)
+    index = {"metadata": {"total_size": BYTES}, "weight_map": {name: t["file"] for name, t in tensors.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(CONFIG, folder / "config.json")
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+
+
+def marked_bytes(name: str, size: int) -> bytes:
+    """For weights a pattern of codes that are no NaN, another for each matrix; for scales the float32 1/64."""
+    if name.endswith("weight_scale_inv"):
+        return bytes.fromhex("0000803c") * (size // 4)
+    return bytes((i * 37 + len(name)) % 120 for i in range(4096)) * (size // 4096)
+
+
+CHILD = """
+import json, sys, time
+sys.path[:0] = sys.argv[1:3]
+import torch
+from k2.checkpoint import Checkpoint
+from k2.offload import ExpertStore
+from test_released_layout import MARKED, marked_bytes
+
+def resident(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
+
+before, started = resident("VmRSS"), time.perf_counter()
+checkpoint = Checkpoint(sys.argv[3])
+opened = time.perf_counter() - started
+store = ExpertStore(checkpoint, 100_000_000)
+indexed = time.perf_counter() - started
+same, reads = True, len(store.records[30, 217].spans)
+for e, expert in store.fetch(30, [217]):
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        for kind in ("weight", "weight_scale_inv"):
+            name = f"{MARKED}{part}.{kind}"
+            mapped, fetched = checkpoint.tensor(name), getattr(getattr(expert, part), kind)
+            expected = marked_bytes(name, fetched.numel() * fetched.element_size())
+            same &= all(t.detach().contiguous().view(torch.uint8).numpy().tobytes() == expected for t in (mapped, fetched))
+print(json.dumps({"opened": opened, "indexed": indexed, "same": bool(same), "reads": reads, "experts": len(store.records),
+                  "slot": store.ram.rooms.shape[1], "peak": resident("VmHWM") - before}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory through /proc, and needs sparse files of 17 GB")
+def test_a_checkpoint_of_a_terabyte_opens_in_bounded_memory_and_gives_one_expert(tmp_path):
+    try:
+        on_disk = write_sparse_checkpoint(tmp_path)
+    except OSError as error:
+        pytest.skip(f"this file system takes no sparse files of this size: {error}")
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", CHILD, str(here), str(here.parent), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    print(f"{BYTES:,} bytes in {on_disk:,} on the disk: opened in {found['opened']:.1f} s, every expert found after {found['indexed']:.1f} s, {found['peak'] / 1e6:,.0f} MB")
+    assert found["same"], "the expert's bytes are not those written"
+    assert found["experts"] == 60 * 384 and found["reads"] == 1, f"{found['reads']} reads for an expert whose weights are neighbours"
+    assert 44_040_192 <= found["slot"] <= 44_040_192 + 2 * 4096
+    assert found["peak"] < 1.5e9, f"opening took {found['peak'] / 1e6:,.0f} MB"

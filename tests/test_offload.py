@@ -46,15 +46,15 @@ def with_slots(directory, count: int, dtype=None, readers: int = 2, upper: int |
 
 def logits_and_text(model):
     """What must not depend on the budget: a prefill, a batch and a few steps of decode."""
-    ids = random_ids(model.config, 40, seed=3)
+    ids = random_ids(model.config, 24, seed=3)
     with torch.inference_mode():
-        return model(ids), model(ids.view(2, 20)), list(k2.generate(model, ids.tolist(), 12))
+        return model(ids), model(ids.view(2, 12)), list(k2.generate(model, ids.tolist(), 6))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
     expected = logits_and_text(checkpoint.load(directory, dtype=dtype))
-    for count in (1, 2, 5, 21, 100):
+    for count in (1, 5, 21, 100):
         model, store = with_slots(directory, count, dtype)
         found = logits_and_text(model)
         assert_same(found[0], expected[0], f"{count} slots")
@@ -63,7 +63,7 @@ def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
         assert len(store.ram.free) + len(store.ram.slot_of) == min(count, 22) and not store.ram.held
 
 
-@pytest.mark.parametrize("count, upper", [(1, 1), (1, 5), (5, 1), (3, 4), (22, 2), (2, 22), (22, 22)])
+@pytest.mark.parametrize("count, upper", [(1, 1), (5, 1), (3, 4), (2, 22)])
 def test_logits_are_the_same_bit_for_bit_with_a_second_tier(directory, count, upper):
     expected = logits_and_text(checkpoint.load(directory, dtype=None))
     model, store = with_slots(directory, count, upper=upper)
@@ -103,7 +103,7 @@ def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(f
     x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
     for _ in range(1000):
-        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 2, 3, 4, 11))))
+        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 1, 2, 3, 4))))
         found = {}
         for e, expert in store.fetch(layer, ids):
             for tier, count in ((store.ram, 7), (store.upper, 3)):

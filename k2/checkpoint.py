@@ -143,19 +143,23 @@ def shard_names(config: K2Config, names, shards: int) -> dict[str, str]:
 
 def read_header(path: Path) -> dict[str, dict]:
     """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that the file is as long as it says."""
-    if not path.is_file():
-        raise K2Error(f"{path}: expected a shard, found {'no regular file' if path.exists() else 'no file'}. Fetch this shard.")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None
-    expected = 8 + length + max(ends, default=0)
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise K2Error(f"{path}: expected a shard, found {'no regular file' if os.path.exists(path) else 'no file'}. Fetch this shard.")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(min(length, 100_000_000))
+    except OSError as error:
+        raise K2Error(f"{path}: expected a shard, could not read it: {error.strerror}. Check its permissions and the disk.") from None
+    if size < 8 or len(raw) < length:
+        raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+    try:
+        header = json.loads(raw)
+        ends = [8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None
+    expected = max(ends, default=8 + length)
     if size != expected:
         raise K2Error(f"{path}: expected {expected} bytes by its header, found {size}. The shard is {'cut' if size < expected else 'too long'}: fetch it again.")
     header.pop("__metadata__", None)

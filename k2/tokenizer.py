@@ -55,8 +55,12 @@ def read_ranks(path: Path) -> list[bytes]:
     """The tokens of tiktoken.model by rank. Raises K2Error for a line that is not base64 and the next rank."""
     if not path.is_file():
         raise K2Error(f"{path}: expected the tokenizer's ranks in a regular file, found none. A checkpoint directory needs its tiktoken.model.")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise K2Error(f"{path}: expected the tokenizer's ranks, could not read them: {error.strerror}. Check its permissions and the disk.") from None
     tokens = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
@@ -126,8 +130,11 @@ class Tokenizer:
         entries = read_json_object(config_path).get("added_tokens_decoder")
         try:
             names = {int(i): entry["content"] for i, entry in entries.items()}
+            spelled = {name.encode() for name in names.values()}  # fails for what is no string, or no UTF-8
         except (AttributeError, ValueError, TypeError, KeyError):
             raise K2Error(f"{config_path}: expected added_tokens_decoder to map ids to objects with a content. Fetch the file again.") from None
+        if b"" in spelled or len(spelled) != len(entries):
+            raise K2Error(f"{config_path}: expected a name of its own for every id in added_tokens_decoder, found an empty or a repeated one. Fetch the file again.")
         return cls(read_ranks(directory / "tiktoken.model"), names, str(directory))
 
     @property

@@ -4,14 +4,17 @@ Each row goes through the command line: exit status 2, nothing on stdout, one li
 field, what was expected, what was found and what to do, and no traceback. Nothing hangs: a fifo is looked at, not opened.
 """
 
+import base64
+import errno
 import json
 import os
 import shutil
 import signal
-import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -118,6 +121,39 @@ def with_header(change):
     return damage
 
 
+def offsets(value):
+    """Other data_offsets for one tensor of the first shard."""
+    return with_header(lambda header: header[f"{O_PROJ}.weight"].__setitem__("data_offsets", value))
+
+
+def header_text(raw: bytes):
+    """A first shard that is nothing but a header."""
+    return write(FIRST, len(raw).to_bytes(8, "little") + raw)
+
+
+def in_two_shards(folder: Path):
+    """The first shard holds the head as well; the index does not change."""
+    head = safetensors.torch.load_file(folder / LAST)["lm_head.weight"]
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / FIRST) | {"lm_head.weight": head}, folder / FIRST)
+
+
+def special_token(content):
+    """Another content for the first special token of tokenizer_config.json."""
+
+    def damage(folder: Path):
+        raw = json.loads((folder / "tokenizer_config.json").read_text())
+        first = min(raw["added_tokens_decoder"], key=int)
+        raw["added_tokens_decoder"][first] = {"content": content}
+        (folder / "tokenizer_config.json").write_text(json.dumps(raw))
+
+    return damage
+
+
+def dangling(file: str):
+    """A link to nothing, as a cleaned download cache leaves it."""
+    return lambda folder: ((folder / file).unlink(), (folder / file).symlink_to("nowhere"))
+
+
 def nan(t):
     """One NaN, in whatever dtype."""
     t = t.clone()
@@ -153,13 +189,26 @@ DAMAGES = {
     "a header that is no JSON": (edit(FIRST, lambda raw: raw[:8] + b"x" + raw[9:]), [FIRST, "JSON header"]),
     "tensors that overlap": (with_header(overlap), [FIRST]),
     "a tensor past the end": (with_header(beyond), [FIRST]),
+    "a header nested without end": (header_text(b"[" * 200_000), [FIRST, "JSON header"]),
+    "a header that is a list": (header_text(b"[1]"), [FIRST, "JSON header"]),
+    "a header that is no UTF-8": (header_text(b"\xff\xfe{}"), [FIRST, "JSON header"]),
+    "an offset that is text": (offsets([0, "2016"]), [FIRST, "JSON header"]),
+    "an offset of no number": (offsets([]), [FIRST, "JSON header"]),
+    "an offset below zero": (offsets([-5, 2011]), [FIRST, "safetensors", "-5"]),
+    "offsets that run backwards": (offsets([2016, 0]), [FIRST, O_PROJ, "invalid offset"]),
+    "an offset of forty digits": (offsets([0, 10**40]), [FIRST, "bytes by its header", "cut"]),
+    "a shard that is a dangling link": (dangling(LAST), [LAST, "no file", "Fetch"]),
+    "two shards that hold one tensor": (in_two_shards, [FIRST, "holds lm_head.weight", f"places in {LAST}"]),
     "a folder for a shard": (directory(LAST), [LAST, "no regular file"]),
     # ---- index ----
     "an index naming a file that is not there": (index(**{"lm_head.weight": "model-9-of-3.safetensors"}), ["model-9-of-3.safetensors", "no file"]),
     "an index naming a file outside": (index(**{"lm_head.weight": "../other.safetensors"}), [INDEX, "lm_head.weight", "in this folder"]),
+    "an index naming a file by 300 letters": (index(**{"lm_head.weight": "a" * 300 + ".safetensors"}), ["aaa.safetensors", "no file"]),
+    "an index naming a number": (index(**{"lm_head.weight": 3}), [INDEX, "weight_map[lm_head.weight] is 3"]),
     "an index that places a tensor elsewhere": (index(**{"lm_head.weight": FIRST}), [FIRST, "lm_head.weight", "header lacks it"]),
     "an index that forgets a tensor": (index(**{"lm_head.weight": ...}), [LAST, "lm_head.weight", "in no file"]),
     "an index that is no JSON": (write(INDEX, b"{"), [INDEX, "expected JSON"]),
+    "an index nested without end": (write(INDEX, b"[" * 200_000), [INDEX, "expected JSON"]),
     "an index without a map": (write(INDEX, b"{}"), [INDEX, "weight_map"]),
     "a missing index": (remove(INDEX), [INDEX, "nothing"]),
     "a folder for an index": (directory(INDEX), [INDEX, "regular file"]),
@@ -174,6 +223,9 @@ DAMAGES = {
     "a scale of absurd size": (tensor(FIRST, f"{O_PROJ}.weight_scale_inv", lambda t: t + 1e6), [f"{O_PROJ}.weight_scale_inv", "expected below 128"]),
     "NaN in the router's bias": (tensor(LAST, "model.layers.2.mlp.gate.e_score_correction_bias", nan), [LAST, "e_score_correction_bias", "NaN"]),
     "NaN in an expert's scale": (tensor(LAST, f"{EXPERT}.weight_scale_inv", nan), [f"{EXPERT}.weight_scale_inv", "NaN"]),
+    "NaN in one expert": (tensor(LAST, f"{EXPERT}.weight", fp8_nan), ["layer 2, expert 4:", "NaN", "check this expert's tensors"]),
+    "NaN in the embedding": (tensor(FIRST, "model.embed_tokens.weight", nan), [FIRST, "model.embed_tokens.weight", "NaN"]),
+    "infinity in a norm": (tensor(LAST, "model.norm.weight", lambda t: t / 0), [LAST, "model.norm.weight", "infinity"]),
     "NaN in every expert of a layer": (
         tensors(LAST, lambda held: held.update({name: fp8_nan(t) for name, t in held.items() if ".experts." in name and t.dtype == torch.float8_e4m3fn})),
         ["layer 2, expert ", "NaN", "check this expert's tensors"],
@@ -184,12 +236,23 @@ DAMAGES = {
     "a config value missing": (config(routed_scaling_factor=...), ["config.json", "routed_scaling_factor is missing"]),
     "a config of another size": (config(n_routed_experts=12), ["gate.weight", "[11, 48]", "[12, 48]", "config.json"]),
     "a config that is no JSON": (write("config.json", b"not json"), ["config.json", "expected JSON"]),
+    "a config with a byte order mark": (edit("config.json", lambda raw: b"\xef\xbb\xbf" + raw), ["config.json", "BOM"]),
     "a config that is a list": (write("config.json", b"[]"), ["config.json", "list"]),
     "a missing config": (remove("config.json"), ["config.json", "nothing"]),
     "a folder for a config": (directory("config.json"), ["config.json", "regular file"]),
     # ---- tokenizer ----
     "a tokenizer without its file": (remove("tiktoken.model"), ["tiktoken.model", "found none"]),
     "a folder for the tokenizer": (directory("tiktoken.model"), ["tiktoken.model", "regular file"]),
+    "an empty tokenizer": (write("tiktoken.model", b""), ["tiktoken.model", "every single byte"]),
+    "an HTML page for the tokenizer": (write("tiktoken.model", b"<html>\n<body>"), ["tiktoken.model", "line 1", "rank 0"]),
+    "a token that no two others make": (
+        edit("tiktoken.model", lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1] + base64.b64encode(b"qzxjv") + b" %d\n" % (raw.count(b"\n") - 1)),
+        ["tiktoken.model", "qzxjv", "two lower ranks"],
+    ),
+    "a special token that is a number": (special_token(5), ["tokenizer_config.json", "added_tokens_decoder"]),
+    "a special token that is no UTF-8": (special_token("\ud800"), ["tokenizer_config.json", "added_tokens_decoder"]),
+    "a special token without a name": (special_token(""), ["tokenizer_config.json", "empty"]),
+    "a special token's name twice": (special_token("[EOS]"), ["tokenizer_config.json", "repeated"]),
     "a line of the tokenizer damaged": (edit("tiktoken.model", lambda raw: raw.replace(b" 17\n", b" 71\n")), ["tiktoken.model", "line 18", "rank 17"]),
     "tokenizer_config.json missing": (remove("tokenizer_config.json"), ["tokenizer_config.json"]),
 }
@@ -281,12 +344,83 @@ def test_a_model_that_is_a_file_is_one_line(whole, capfd, name):
     assert name in line
 
 
-@pytest.mark.skipif(sys.platform == "win32" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root reads everything")
-def test_a_shard_that_may_not_be_read_is_one_line(whole, tmp_path, capfd):
-    folder = tmp_path / "model"
-    shutil.copytree(whole, folder)
-    (folder / FIRST).chmod(0)
-    assert FIRST in one_line(capfd, ["generate", "x", "--model", str(folder), "--device", "cpu"])
+# ---- what may not be read, and a disk that is full ----
+
+
+@contextmanager
+def no_longer_root():
+    """Root reads everything: for the time inside, the process is nobody. Other users stay who they are."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+@pytest.mark.parametrize("name", [FIRST, INDEX, "config.json", "tiktoken.model", "tokenizer_config.json"])
+def test_a_file_that_may_not_be_read_is_one_line(whole, capfd, name):
+    arguments = ["generate", "x", "--max-new-tokens", "1", "--device", "cpu", "--model"]
+    assert main([*arguments, str(whole)]) == 0  # whatever is imported late is imported as root
+    capfd.readouterr()
+    with tempfile.TemporaryDirectory() as outer:  # pytest's own folders are closed to others
+        os.chmod(outer, 0o755)
+        folder = Path(outer) / "model"
+        shutil.copytree(whole, folder)
+        (folder / name).chmod(0)
+        with no_longer_root():
+            if not os.access(folder, os.X_OK, effective_ids=True):
+                pytest.skip("the folder for temporary files is closed to other users")
+            line = one_line(capfd, [*arguments, str(folder)])
+    assert str(folder / name) in line and "Permission denied" in line, line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def training(whole, tmp_path):
+    """The folder of a run whose text is ready, and the command that trains there for two steps, saving after each."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        shutil.copy(whole / name, out)
+    np.save(out / "tokens.npy", np.random.default_rng(0).integers(0, 256, 2000).astype(np.uint16))
+    sizes = {"steps": 2, "rows": 4, "window": 16, "stretch": 1, "save-every": 1}
+    return out, ["train", "--out", str(out), "--config", str(whole), *(part for name, value in sizes.items() for part in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize("flushes, file", [(0, "state.pt"), (1, "state.pt"), (2, "checkpoint-fp8"), (4, "checkpoint-fp8"), (6, "checkpoint-fp8"), (9, "checkpoint-fp8")])
+def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_same_command_goes_on(training, capfd, monkeypatch, flushes, file):
+    out, command = training
+    before, left, flush = set(os.listdir(out)), [flushes], os.fsync
+
+    def full(descriptor):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = one_line(capfd, command)
+    assert f"{out / file}: could not be written" in line and "No space left" in line and "make room" in line, line
+    assert set(os.listdir(out)) - before == ({"state.pt"} if flushes else set())
+    assert main(command) == 0
+    assert all(k2.load(out / f"checkpoint-{format}") for format in ("fp8", "bf16"))
+
+
+def test_a_checkpoint_that_is_there_already_stays_as_it_is(training, capfd):
+    out, command = training
+    assert main(command) == 0
+    before = contents(out)
+    capfd.readouterr()
+    assert "nothing was overwritten" in one_line(capfd, command)
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**62])

@@ -13,12 +13,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from k2.checkpoint import IGNORED_TENSORS, expected_tensors, shard_names
+from k2.checkpoint import DTYPE_NAMES, IGNORED_TENSORS, expected_tensors, filled_model, shard_names
 from k2.config import K2Config
+from k2.moe import resident_experts
+from k2.quantization import FP8Linear
 
 CONFIG = Path(__file__).parent.parent / "k2" / "configs" / "kimi-k2-instruct.json"
 TENSORS, BYTES = 139_644, 1_029_173_256_720
@@ -78,6 +83,40 @@ def test_every_tensor_is_used_or_ignored_by_name_with_a_reason():
     assert len(used) == 139_583 and len(ignored) == 61 and all(len(reasons) == 1 for reasons in ignored.values())
     assert all(name.endswith("rotary_emb.inv_freq") for name in ignored)
     assert not any(pattern.search(name) for pattern, _ in IGNORED_TENSORS for name in used)
+
+
+class OnPaper:
+    """A checkpoint of a config in which every number is 1: each tensor has its dtype and shape, and takes no memory."""
+
+    def __init__(self, config: K2Config):
+        self.config, self.specs, self.directory = config, expected_tensors(config), Path("paper")
+        self.weight_map = dict.fromkeys(self.specs, "paper")
+
+    def tensor(self, name: str):
+        spec = self.specs[name]
+        return torch.ones(()).to(DTYPE_NAMES[spec.dtypes[0]]).expand(spec.shape)
+
+    finite = tensor
+
+
+def test_the_model_made_from_the_real_config_has_the_real_files_names_shapes_and_dtypes():
+    # The dense layer and two with experts, as the others repeat them; K2_TENSOR_TABLE asks for all 61, some 40 s.
+    config = K2Config.from_json(CONFIG)
+    config = config if os.environ.get("K2_TENSOR_TABLE") else replace(config, num_hidden_layers=3)
+    checkpoint, started = OnPaper(config), time.perf_counter()
+    model = filled_model(checkpoint, torch.device("meta"), None, resident_experts)
+    seconds = time.perf_counter() - started
+    at_rest = sum(isinstance(module, FP8Linear) for module in model.modules())
+    print(f"{config.num_hidden_layers} layers on the meta device, {at_rest:,} FP8Linear put in place: {seconds:.1f} s")
+    expected = {name: (DTYPE_NAMES[spec.dtypes[0]], spec.shape) for name, spec in checkpoint.specs.items()}
+    for i in range(config.num_hidden_layers):  # widened at load, as absorption reads the matrix itself
+        name = f"model.layers.{i}.self_attn.kv_b_proj.weight"
+        expected[name] = (torch.bfloat16, expected[name][1])
+        del expected[f"{name}_scale_inv"]
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    differing = [f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    assert not differing, f"{len(differing)} tensors differ:\n" + "\n".join(differing[:20])
+    assert at_rest == 4 * config.num_hidden_layers + 3 + 3 * 385 * (config.num_hidden_layers - 1)
 
 
 # ---- the whole checkpoint as sparse files ----

@@ -28,6 +28,9 @@ MID = {  # a random model of ordinary proportions: 0.4 billion weights
 }  # fmt: skip
 
 
+TIMES = 5  # each process measures so often
+
+
 def bench(mini: Path, prompt: int = 512, new: int = 64, rounds: int = 3):
     """Print a table of both engines on K2-mini and on the mid-size model, and the ratios. Needs transformers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,30 +76,37 @@ def run_child(engine: str, directory: Path, prompt: int, new: int) -> dict:
 
 
 def child(engine: str, directory: str, prompt: int, new: int) -> dict:
-    """Load, read the prompt once to warm up, then measure prefill and decode."""
+    """Load, read a little to warm up, then measure prefill and decode a few times: the medians, as machines hiccup."""
     started = time.perf_counter()
     begin = {"k2": ours, "transformers": theirs}[engine](directory)
     loaded = time.perf_counter()
     ids = torch.randint(0, 4096, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     begin(ids[:64])
-    before = time.perf_counter()
-    first, step = begin(ids)
-    after = time.perf_counter()
-    chosen = [first]
-    for _ in range(new):
-        chosen.append(step(chosen[-1]))
-    end = time.perf_counter()
-    return {"load": loaded - started, "first": after - before, "prefill": prompt / (after - before), "decode": new / (end - after),
+    seconds = {"prefill": [], "decode": []}
+    for _ in range(TIMES):
+        before = time.perf_counter()
+        first, step = begin(ids)
+        after = time.perf_counter()
+        chosen = [first]
+        for _ in range(new):
+            chosen.append(step(chosen[-1]))
+        seconds["prefill"].append(after - before)
+        seconds["decode"].append(time.perf_counter() - after)
+    first = median(seconds["prefill"])
+    return {"load": loaded - started, "first": first, "prefill": prompt / first, "decode": new / median(seconds["decode"]),
             "peak": peak_megabytes(), "ids": chosen}  # fmt: skip
 
 
 def peak_megabytes() -> float:
     """The process' largest resident memory. Linux and macOS; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says on Linux counts the process that started this one
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
     try:
         import resource
     except ImportError:  # Windows has no such module
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # macOS counts bytes
 
 
 def ours(directory: str):

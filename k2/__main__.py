@@ -21,10 +21,10 @@ DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": 
 
 def main(arguments=None) -> int:
     """Run one command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
-    for standard in (sys.stdout, sys.stderr):
+    for standard in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
         standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         options.run(options)
     except K2Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,13 +33,31 @@ def main(arguments=None) -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+    except OSError as error:  # what no closer handler knew; most likely a full disk behind `> FILE`
+        discard_output()
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def discard_output():
+    """Point stdout at nothing: Python flushes it once more at exit, and would fail again."""
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with this project's one line for what it refuses in place of a usage block."""
+
+    def error(self, message):
+        """Raise a K2Error."""
+        raise K2Error(f"{self.prog.removeprefix('python -m k2 ')}: {message}. All flags: {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
+    parser = Parser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_train(commands)
@@ -57,8 +75,8 @@ def add_generate(commands):
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
-    sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
+    sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -71,12 +89,19 @@ def read_prompt(options) -> str:
     if (options.prompt is None) == (options.prompt_file is None):
         raise K2Error("generate: expected a prompt or --prompt-file, found both or neither. Write: python -m k2 generate \"def \"")
     path = options.prompt_file
-    if path is not None and not Path(path).is_file():
-        raise K2Error(f"{path}: expected a text file, found {'something else' if Path(path).exists() else 'nothing'}. Give an existing file to --prompt-file.")
+    if path is not None and not os.path.isfile(path):
+        raise K2Error(f"{path}: expected a text file, found {'something else' if os.path.exists(path) else 'nothing'}. Give an existing file to --prompt-file.")
     source = path or ("standard input" if options.prompt == "-" else "the prompt")
     try:
-        given = Path(path).read_bytes() if path else sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
+        if path:
+            given = Path(path).read_bytes()
+        elif options.prompt == "-":
+            given = sys.stdin.buffer.read() if sys.stdin else b""  # None where the shell closed it
+        else:
+            given = os.fsencode(options.prompt)
         return given.decode("utf-8")
+    except OSError as error:
+        raise K2Error(f"{source}: expected a text file, could not read it: {error.strerror}. Check its permissions.") from None
     except UnicodeDecodeError as error:
         raise K2Error(f"{source}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}. Convert it to UTF-8.") from None
 
@@ -88,11 +113,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def run_generate(options):
-    """Stream the continuation to stdout; the plan before and the measured line after go to stderr."""
-    text, device = read_prompt(options), pick_device(options.device)
+NUMPY_TAKES = {"device": ("auto", "cpu"), "dtype": ("auto", "float32", "float64"), "gpu_memory": (None,), "ram": (None,), "temperature": (0.0,)}
+
+
+def check_flags(options):
+    """What argparse cannot see: a negative count, and flags that the reference would have to ignore."""
     if options.max_new_tokens < 0:
         raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 0 or more.")
+    for name, taken in NUMPY_TAKES.items() if options.backend == "numpy" else ():
+        value = getattr(options, name)
+        if value not in taken:
+            raise K2Error(f"--{name.replace('_', '-')}: found {value} with --backend numpy; expected none: the reference is greedy, in float64 on the CPU, with all weights in memory.")
+
+
+def run_generate(options):
+    """Stream the continuation to stdout; the plan before and the measured line after go to stderr."""
+    check_flags(options)
+    text, device = read_prompt(options), pick_device(options.device)
     tokenizer = Tokenizer.from_directory(options.model)
     started = time.perf_counter()
     if options.backend == "numpy":
@@ -114,8 +151,6 @@ def run_generate(options):
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):
     """The reference on the same weights, widened to float64."""
-    if options.temperature != 0:
-        raise K2Error(f"--temperature: found {options.temperature} with --backend numpy; expected 0, as the reference is greedy.")
     generate(model, ids, options.max_new_tokens)  # its checks of the prompt; the iterator it returns is not run
     count = min(options.max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
     weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
@@ -195,6 +230,8 @@ def run_bench(options):
     if options.child:
         engine, directory, prompt, new = options.child
         print(json.dumps(bench.child(engine, directory, int(prompt), int(new))))
+    elif options.rounds < 1:
+        raise K2Error(f"--rounds: found {options.rounds}; expected 1 or more.")
     else:
         bench.bench(MINI, rounds=options.rounds)
 

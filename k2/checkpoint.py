@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object
+from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
 from .moe import resident_experts
@@ -155,7 +155,7 @@ def read_header(path: Path) -> dict[str, dict]:
     if size < 8 or len(raw) < length:
         raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=without_repeats)
         ends = [8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None

@@ -23,6 +23,7 @@ Every tensor in k2/ ends in its axes, one capital letter each. Any batch axes ri
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -200,12 +201,21 @@ CONSTRAINTS = (
 )
 
 
+def without_repeats(pairs) -> dict:
+    """A JSON object's pairs as a dict. Python's reader would keep the last of two equal keys in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)} twice")
+    return found
+
+
 def read_json_object(path: Path) -> dict:
     """The JSON object in a regular file, with a K2Error for everything else that can stand at a path."""
-    if not path.is_file():  # false for a directory, a fifo, a dangling link: opening a fifo would hang
-        raise K2Error(f"{path}: expected a regular file, found {'something else' if path.exists() else 'nothing'}. Point --model at a checkpoint directory.")
+    if not os.path.isfile(path):  # false for a directory, a fifo, a dangling link, a name too long: opening a fifo would hang
+        raise K2Error(f"{path}: expected a regular file, found {'something else' if os.path.exists(path) else 'nothing'}. Point --model at a checkpoint directory.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, OSError, RecursionError) as error:
         raise K2Error(f"{path}: expected JSON, found: {error}. Fetch the file again.") from None
     if not isinstance(value, dict):

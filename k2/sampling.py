@@ -16,6 +16,8 @@ class Sampler:
             raise K2Error(f"temperature: found {temperature}; expected 0 (greedy) or a positive number, such as K2's 0.6.")
         if not 0 < top_p <= 1:
             raise K2Error(f"top_p: found {top_p}; expected above 0 and at most 1.")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise K2Error(f"seed: found {seed}; expected 0 to 2^64 - 1.")
         self.temperature, self.top_p = temperature, top_p
         self.random = torch.Generator().manual_seed(seed) if seed is not None else torch.Generator()
         if seed is None:

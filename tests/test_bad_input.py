@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +191,7 @@ DAMAGES = {
     "a header that is no JSON": (edit(FIRST, lambda raw: raw[:8] + b"x" + raw[9:]), [FIRST, "JSON header"]),
     "tensors that overlap": (with_header(overlap), [FIRST]),
     "a tensor past the end": (with_header(beyond), [FIRST]),
+    "a tensor twice in a header": (header_text(b'{"a": 1, "a": 2}'), [FIRST, "JSON header"]),
     "a header nested without end": (header_text(b"[" * 200_000), [FIRST, "JSON header"]),
     "a header that is a list": (header_text(b"[1]"), [FIRST, "JSON header"]),
     "a header that is no UTF-8": (header_text(b"\xff\xfe{}"), [FIRST, "JSON header"]),
@@ -237,6 +240,7 @@ DAMAGES = {
     "a config of another size": (config(n_routed_experts=12), ["gate.weight", "[11, 48]", "[12, 48]", "config.json"]),
     "a config that is no JSON": (write("config.json", b"not json"), ["config.json", "expected JSON"]),
     "a config with a byte order mark": (edit("config.json", lambda raw: b"\xef\xbb\xbf" + raw), ["config.json", "BOM"]),
+    "a config key twice": (write("config.json", b'{"a": 1, "a": 2}'), ["config.json", "key a twice"]),
     "a config that is a list": (write("config.json", b"[]"), ["config.json", "list"]),
     "a missing config": (remove("config.json"), ["config.json", "nothing"]),
     "a folder for a config": (directory("config.json"), ["config.json", "regular file"]),
@@ -326,6 +330,9 @@ def test_nan_in_an_expert_is_named_by_layer_and_expert_however_it_is_held(whole,
         (["x", "--ram", "1KB"], ["1,000 given", "--ram"]),
         (["x", "--gpu-memory", "1GB"], ["--gpu-memory", "--device cuda"]),
         (["x", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["x", "--temperature", "1", "--seed", str(2**64)], ["seed: found 18446744073709551616", "2^64 - 1"]),
+        (["--prompt-file", "a" * 300], ["aaa: expected a text file", "found nothing"]),
+        (["x", "--model", "a" * 300], ["aaa", "expected a", "found nothing"]),
     ],
 )
 def test_arguments_that_cannot_be_met_are_one_line(whole, capfd, arguments, words):
@@ -419,8 +426,26 @@ def test_a_checkpoint_that_is_there_already_stays_as_it_is(training, capfd):
     assert main(command) == 0
     before = contents(out)
     capfd.readouterr()
-    assert "nothing was overwritten" in one_line(capfd, command)
+    assert main(command) == 0
     assert contents(out) == before
+
+
+def test_an_out_that_is_a_file_is_one_line(whole, capfd):
+    line = one_line(capfd, ["train", "--out", str(whole / "config.json")])
+    assert "config.json: expected a directory or a new name for --out, found a file" in line
+
+
+def test_a_benchmark_of_no_rounds_is_one_line(capfd):
+    assert "--rounds: found 0; expected 1 or more" in one_line(capfd, ["bench", "--rounds", "0"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_fills_up_behind_stdout_is_one_line(whole):
+    command = [sys.executable, "-m", "k2", "generate", "x", "--device", "cpu", "--model", str(whole), "--max-new-tokens", "2"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**62])

@@ -178,9 +178,10 @@ def save_state(trainer: Trainer, path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a write that was cut short into a RuntimeError
+        raise K2Error(f"{path}: could not be written: {str(error).splitlines()[0]}. The state before it is untouched; make room and run the same command again.") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise K2Error(f"{path}: could not be written: {error}. The state before it is untouched; make room and run the same command again.") from None
 
 
 def read_state(path: Path) -> dict:
@@ -212,6 +213,8 @@ def train(trainer: Trainer, state_path: Path):
 def make_checkpoint(config: K2Config, out: Path, run: Run):
     """From this machine's Python sources to `out`/checkpoint-fp8 and, to compare with, `out`/checkpoint-bf16: what
     `python -m k2 train` does."""
+    if out.exists() and not out.is_dir():
+        raise K2Error(f"{out}: expected a directory or a new name for --out, found a file. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     files = prepare_text(config, out)
     trainer = Trainer(config, np.load(out / "tokens.npy"), run)
@@ -219,7 +222,8 @@ def make_checkpoint(config: K2Config, out: Path, run: Run):
     stops = [config.eos_token_id + 1, config.eos_token_id]  # <|im_end|> and [EOS]
     files["generation_config.json"] = json.dumps({"max_length": config.max_position_embeddings, "eos_token_id": stops}, indent=2) + "\n"
     for format in ("fp8", "bf16"):
-        save(trainer.model, out / f"checkpoint-{format}", format, shards=min(3, config.num_hidden_layers), files=files)
+        if not (out / f"checkpoint-{format}").exists():  # an earlier run of this command may have found room for one only
+            save(trainer.model, out / f"checkpoint-{format}", format, shards=min(3, config.num_hidden_layers), files=files)
 
 
 def prepare_text(config: K2Config, out: Path) -> dict[str, str]:

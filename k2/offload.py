@@ -312,9 +312,8 @@ class ExpertStore:
 
     def expert_in(self, room, key: Key) -> Expert:
         """The expert's module around its bytes."""
-        D, width = self.checkpoint.config.hidden_size, self.checkpoint.config.moe_intermediate_size
-        with torch.device("meta"):
-            expert = Expert(D, width)
+        expert = Expert.__new__(Expert)  # without __init__: making matrices to replace them would cost more than the rest
+        nn.Module.__init__(expert)
         record = self.records[key]
         for part in PARTS:
             tensors = {kind: tensor_at(room, place) for (of, kind), place in record.places.items() if of == part}

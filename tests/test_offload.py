@@ -54,7 +54,7 @@ def logits_and_text(model):
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
     expected = logits_and_text(checkpoint.load(directory, dtype=dtype))
-    for count in (1, 5, 21, 100):
+    for count in (1, 5, 100):
         model, store = with_slots(directory, count, dtype)
         found = logits_and_text(model)
         assert_same(found[0], expected[0], f"{count} slots")
@@ -63,7 +63,7 @@ def test_logits_are_the_same_bit_for_bit_at_every_budget(directory, dtype):
         assert len(store.ram.free) + len(store.ram.slot_of) == min(count, 22) and not store.ram.held
 
 
-@pytest.mark.parametrize("count, upper", [(1, 1), (5, 1), (3, 4), (2, 22)])
+@pytest.mark.parametrize("count, upper", [(1, 1), (3, 4), (2, 22)])
 def test_logits_are_the_same_bit_for_bit_with_a_second_tier(directory, count, upper):
     expected = logits_and_text(checkpoint.load(directory, dtype=None))
     model, store = with_slots(directory, count, upper=upper)
@@ -91,18 +91,18 @@ def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
         return plain(self, span, slot)
 
     monkeypatch.setattr(offload.Shards, "read", delayed)
-    for readers in (1, 2, 7):
+    for readers in (1, 7):
         found = logits_and_text(with_slots(fp8, 6, readers=readers)[0])
         assert_same(found[0], expected[0], f"{readers} readers")
         assert found[2] == expected[2]
 
 
-def test_a_thousand_random_requests_get_the_right_experts_and_never_more_slots(fp8):
+def test_hundreds_of_random_requests_get_the_right_experts_and_never_more_slots(fp8):
     model, store = with_slots(fp8, 7, upper=3)
     resident, dice = checkpoint.load(fp8, dtype=None), random.Random(1)
     x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
-    for _ in range(1000):
+    for _ in range(400):
         layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 1, 2, 3, 4))))
         found = {}
         for e, expert in store.fetch(layer, ids):

@@ -65,8 +65,11 @@ def prompt_length(checkpoint: Path) -> int:
     return len(k2.Tokenizer.from_directory(checkpoint).encode(PROMPT))
 
 
-def test_a_real_process_prints_the_same(checkpoint):
-    done = run(checkpoint, PROMPT)
+ONLY_LINUX_HAS = "import os\nfor name in ('preadv', 'posix_fadvise', 'O_DIRECT', 'sched_getaffinity'):\n    hasattr(os, name) and delattr(os, name)\nimport sys; sys.modules['resource'] = sys.modules['fcntl'] = None"
+
+
+def test_a_real_process_prints_the_same_without_what_only_linux_has(checkpoint):
+    done = run(checkpoint, PROMPT, code=ONLY_LINUX_HAS)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == expected_text(checkpoint, 12) + "\n"
     assert len(done.stderr.decode().splitlines()) == 2 and MEASURED.fullmatch(done.stderr.decode().splitlines()[-1])
@@ -201,13 +204,6 @@ def test_a_reader_that_goes_away_is_no_error(checkpoint):
 
 
 # ---- where it runs ----
-
-
-def test_it_runs_without_what_only_linux_has(checkpoint):
-    code = "import os\nfor name in ('preadv', 'posix_fadvise', 'O_DIRECT', 'sched_getaffinity'):\n    hasattr(os, name) and delattr(os, name)\n"
-    code += "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None"
-    done = run(checkpoint, PROMPT, code=code)
-    assert done.returncode == 0 and done.stdout.decode() == expected_text(checkpoint, 12) + "\n", done.stderr.decode()
 
 
 @pytest.mark.parametrize("locale, given_as", [({"LC_ALL": "C", "PYTHONUTF8": "0"}, "argument"), ({"PYTHONIOENCODING": "cp1252"}, "file")])

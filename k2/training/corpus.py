@@ -5,6 +5,7 @@ matplotlib, networkx. All under permissive licences (PSF, BSD). Whole modules of
 with every test that speaks of them, to measure on text that training never saw.
 """
 
+import functools
 import hashlib
 import sysconfig
 from pathlib import Path
@@ -26,10 +27,11 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def sources(root: Path) -> list[Path]:
+@functools.cache  # a walk over thousands of files, and the answer is asked for several times
+def sources(root: Path) -> tuple[Path, ...]:
     """Python files below a folder, in the order of their names, so that every run sees one order."""
     found = (p for p in root.rglob("*.py") if not any(word in p.relative_to(root).as_posix() for word in LEFT_OUT))
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    return tuple(sorted(found, key=lambda p: p.relative_to(root).as_posix()))
 
 
 def speaks_of_held_out(relative: Path) -> bool:

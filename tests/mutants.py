@@ -317,7 +317,7 @@ MUTANTS = (
     ),
     Mutant(
         "all heads clipped by one gamma", "training/muonclip.py",
-        "gamma_H = (self.tau / max_H).clamp(max=1.0)", "gamma_H = (self.tau / max_H.amax()).clamp(max=1.0).expand_as(max_H)",
+        "gamma_H = torch.where(max_H > self.tau, self.tau / max_H, 1.0)", "gamma_H = (self.tau / max_H.amax()).clamp(max=1.0).expand_as(max_H)",
         "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
     ),
     Mutant(
@@ -372,8 +372,28 @@ MUTANTS = (
     ),
     Mutant(
         "Muon's momentum without Nesterov's look ahead", "training/muonclip.py",
-        "ahead.append(gradient_OI + self.momentum * momentum_OI)", "ahead.append(momentum_OI)",
+        "ahead.append(gradient_OI + self.momentum * momentum_OI if self.nesterov else momentum_OI)", "ahead.append(momentum_OI)",
         "tests/test_muonclip.py::test_later_muon_steps_follow_nesterovs_momentum",
+    ),
+    Mutant(
+        "the clip reads heads along a matrix's inputs, as if nn.Linear stored (in, out)", "training/muonclip.py",
+        "query_HAI = master[query.weight].unflatten(0, (H, c.qk_head_dim))", "query_HAI = master[query.weight].mT.reshape(-1, c.qk_head_dim, H).permute(2, 1, 0)",
+        "tests/test_muonclip.py::test_a_clipped_heads_logit_is_tau_afterwards_and_other_heads_keep_their_bits",
+    ),
+    Mutant(
+        "the clip finds no latent attention, and says nothing", "training/muonclip.py",
+        "if isinstance(m, MultiHeadLatentAttention)]", 'if hasattr(m, "k_proj")]',
+        "tests/test_muonclip.py::test_the_clip_sees_every_training_call_since_the_last_step_and_no_other",
+    ),
+    Mutant(
+        "a head without a positive logit gets a negative gamma", "training/muonclip.py",
+        "gamma_H = torch.where(max_H > self.tau, self.tau / max_H, 1.0)", "gamma_H = (self.tau / max_H).clamp(max=1.0)",
+        "tests/test_muonclip.py::test_a_head_whose_logits_are_all_negative_keeps_its_bits",
+    ),
+    Mutant(
+        "'Muon' that is Adam: no orthogonalisation", "training/muonclip.py",
+        "zip(same_shape, orthogonalized(torch.stack(ahead), coefficients=self.newton_schulz))", "zip(same_shape, torch.stack(ahead).sign())",
+        "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
     ),
     Mutant(
         "embedding put under Muon", "training/muonclip.py",

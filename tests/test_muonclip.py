@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import random_model, small_config
 
-from k2.training.muonclip import QUINTIC, RMS_MATCH, MuonClip, largest_logits, orthogonalized, parameter_groups
+from k2.training.muonclip import CUBIC, QUINTIC, RMS_MATCH, MuonClip, largest_logits, orthogonalized, parameter_groups
 
 TAU = 100.0
 
@@ -193,6 +193,7 @@ def test_the_clip_sees_every_training_call_since_the_last_step_and_no_other():
     config = small_config()
     model = random_model(config, 0, torch.float32)
     layer, optimizer = model.model.layers[1].self_attn, MuonClip(model, 0.0, 0.0)
+    assert optimizer.clip.layers == [decoder.self_attn for decoder in model.model.layers], "some layer is not watched"
     cos_sin = torch.ones(20, config.qk_rope_head_dim // 2), torch.zeros(20, config.qk_rope_head_dim // 2)
     generator = torch.Generator().manual_seed(6)
     calm, wild, middling, wildest = (size * torch.randn(20, config.hidden_size, generator=generator) for size in (1.0, 8.0, 3.0, 90.0))
@@ -204,3 +205,52 @@ def test_the_clip_sees_every_training_call_since_the_last_step_and_no_other():
     assert error < 1e-5, f"largest relative error {error:.2e}: {found.tolist()}, expected {expected.tolist()}"
     optimizer.step()
     assert not optimizer.clip.max_logits, "the maxima of one step must not clip the next"
+
+
+@torch.no_grad()
+def test_a_head_whose_logits_are_all_negative_keeps_its_bits():
+    model = random_model(small_config(), 0, torch.float32)
+    optimizer = MuonClip(model, 0.0, 0.0, tau=5.0)
+    weights = [p.detach().clone() for p in model.parameters()]
+    for layer in optimizer.clip.layers:
+        optimizer.clip.max_logits[layer] = torch.tensor([-7.0, 0.0, 4.9])
+    assert optimizer.step() == 0
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), weights)), "a calm head moved"
+
+
+def test_what_the_report_leaves_open_is_an_argument_that_acts():
+    def moved(**changes):
+        model = random_model(small_config(), 0, torch.float32)
+        optimizer = MuonClip(model, 0.01, 0.01, **changes)
+        for seed in range(2):
+            give_gradients(model, seed)
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    plain = moved()
+    assert torch.equal(plain, moved())
+    for changes in ({"momentum": 0.9}, {"nesterov": False}, {"newton_schulz": CUBIC}, {"weight_decay": 0.0}, {"betas": (0.8, 0.95)}, {"eps": 1e-2}, {"muon": False}):
+        assert not torch.equal(plain, moved(**changes)), changes
+
+
+def test_without_muon_every_parameter_moves_as_under_torchs_adamw():
+    model, twin = random_model(small_config(), 0, torch.float32), random_model(small_config(), 0, torch.float32)
+    optimizer = MuonClip(model, lr=0.5, adamw_lr=0.01, muon=False)
+    groups = [{"params": [p for p in twin.parameters() if p.ndim == 2], "weight_decay": 0.1}, {"params": [p for p in twin.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    oracle = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        give_gradients(model, step)
+        give_gradients(twin, step)
+        optimizer.step()
+        oracle.step()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters()):
+        error = (mine - theirs).abs().max()
+        assert error < 2e-6, f"{name}: largest error {error:.2e}"
+
+
+def test_five_cubic_steps_leave_small_values_small():
+    values = torch.logspace(-2, 0, 64, dtype=torch.float64)
+    matrix = matrix_with_singular_values(values, 64, 256)[2]
+    cubic, quintic = (torch.linalg.svdvals(orthogonalized(matrix, coefficients=c)).min() for c in (CUBIC, QUINTIC))
+    smallest = float(values[0] / values.norm())
+    assert cubic < 7.6 * smallest and quintic > 50 * smallest, f"smallest {smallest:.4f}, cubic {cubic:.4f}, quintic {quintic:.4f}"

@@ -19,18 +19,19 @@ from ..attention import MultiHeadLatentAttention, ScaledDotProduct
 from ..model import K2
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singular values end in about [0.68, 1.14]
+CUBIC = (1.5, -0.5, 0.0)  # the textbook's: ends at 1 exactly, but five steps lift a small value 7.6 times, not 485 times
 RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
 
 
-def orthogonalized(gradient_OI, steps: int = 5):
+def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
     """Newton-Schulz: the same left and right singular vectors, all singular values driven towards 1; (..., O, I).
 
     Works on stacks of matrices. It only has to bring values near 1, so bfloat16 suffices where a GPU is fast at it; a
     CPU without bfloat16 instructions would take ten times as long as with float32.
     """
     if gradient_OI.shape[-2] > gradient_OI.shape[-1]:
-        return orthogonalized(gradient_OI.mT, steps).mT  # the Gram matrix of the shorter side is the smaller one
-    a, b, c = QUINTIC
+        return orthogonalized(gradient_OI.mT, steps, coefficients).mT  # the Gram matrix of the shorter side is the smaller one
+    a, b, c = coefficients
     x_OI = (gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI).reshape(-1, *gradient_OI.shape[-2:])
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
     for _ in range(steps):  # x <- a x + (b g + c g g) x with g = x x^T, each sum inside the product that follows it
@@ -54,12 +55,16 @@ class MuonClip:
 
     Weights, momenta and the second moments are float32 whatever the model computes in: a bfloat16 model gets rounded
     copies after each step, or steps smaller than its last bit would be lost. Momentum 0.95 and Nesterov are Moonlight's
-    (examples/toy_train.py), since the K2 report prints neither; weight decay 0.1 and tau 100 are the report's.
+    (examples/toy_train.py), since the K2 report prints neither, and so are the five quintic steps and AdamW's betas and
+    eps; weight decay 0.1 and tau 100 are the report's. To compare with: `muon` False gives AdamW all parameters, `tau`
+    infinity never clips.
     """
 
-    def __init__(self, model: K2, lr: float, adamw_lr: float, momentum: float = 0.95, weight_decay: float = 0.1, tau: float = 100.0):
+    def __init__(self, model: K2, lr: float, adamw_lr: float, *, momentum: float = 0.95, nesterov: bool = True, newton_schulz: tuple = QUINTIC,
+                 weight_decay: float = 0.1, betas: tuple = (0.9, 0.95), eps: float = 1e-8, tau: float = 100.0, muon: bool = True):  # fmt: skip
         self.lr, self.adamw_lr, self.momentum, self.weight_decay = lr, adamw_lr, momentum, weight_decay
-        self.matrices, self.others = parameter_groups(model)
+        self.nesterov, self.newton_schulz, self.betas, self.eps = nesterov, newton_schulz, betas, eps
+        self.matrices, self.others = parameter_groups(model) if muon else ([], list(model.parameters()))
         self.clip = QKClip(model, tau)
         self.step_count = 0
         self.master = {p: p.detach().float().clone() for p in model.parameters()}
@@ -70,35 +75,37 @@ class MuonClip:
             self.by_shape.setdefault(tuple(p.shape), []).append(p)
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0):
+    def step(self, lr_scale: float = 1.0) -> int:
         """One step; `lr_scale` is the schedule's factor. A parameter without a gradient (an expert that no token
-        chose) counts as having a zero one."""
+        chose) counts as having a zero one. Returns how many attention heads were clipped."""
         self.step_count += 1
         for same_shape in self.by_shape.values():
             self._muon(same_shape, self.lr * lr_scale)
         for p in self.others:
             self._adamw(p, self.adamw_lr * lr_scale)
-        self.clip.apply(self.master)
+        clipped = self.clip.apply(self.master)
         for p, master in self.master.items():
             p.copy_(master)
             p.grad = None
+        return clipped
 
     def _muon(self, same_shape: list, lr: float):
         ahead = []
         for p in same_shape:
             gradient_OI = torch.zeros_like(self.master[p]) if p.grad is None else p.grad.float()
             momentum_OI = self.first[p].mul_(self.momentum).add_(gradient_OI)
-            ahead.append(gradient_OI + self.momentum * momentum_OI)  # Nesterov: the momentum as the next step will see it
+            ahead.append(gradient_OI + self.momentum * momentum_OI if self.nesterov else momentum_OI)  # as the next step will see it
         scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5
-        for p, update_OI in zip(same_shape, orthogonalized(torch.stack(ahead))):
+        for p, update_OI in zip(same_shape, orthogonalized(torch.stack(ahead), coefficients=self.newton_schulz)):
             self.master[p].mul_(1 - lr * self.weight_decay).sub_(update_OI, alpha=lr * scale)
 
-    def _adamw(self, p, lr: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8):
+    def _adamw(self, p, lr: float):
+        beta1, beta2 = self.betas
         gradient = torch.zeros_like(self.master[p]) if p.grad is None else p.grad.float()
         first = self.first[p].lerp_(gradient, 1 - beta1) / (1 - beta1**self.step_count)
         second = self.second[p].lerp_(gradient.square(), 1 - beta2) / (1 - beta2**self.step_count)
         decay = self.weight_decay if p.ndim == 2 else 0.0  # norm weights are scales, not directions: nothing pulls them to 0
-        self.master[p].mul_(1 - lr * decay).sub_(lr * first / (second.sqrt() + eps))
+        self.master[p].mul_(1 - lr * decay).sub_(lr * first / (second.sqrt() + self.eps))
 
     def state(self) -> dict:
         """All that a resumed run needs, as tensors in parameter order."""
@@ -140,7 +147,7 @@ class QKClip:
         """Clip the given float32 weights where a head passed tau, forget the maxima; returns how many heads were cut."""
         cut = 0
         for layer, max_H in self.max_logits.items():
-            gamma_H = (self.tau / max_H).clamp(max=1.0)
+            gamma_H = torch.where(max_H > self.tau, self.tau / max_H, 1.0)  # a head may have no positive logit at all
             cut += int((gamma_H < 1).sum())
             clip_heads(layer, gamma_H, master)
         self.max_logits.clear()

@@ -72,6 +72,13 @@ def initialize(model: K2, seed: int):
             p.data.normal_(0, std, generator=generator)
 
 
+def new_model(config: K2Config, seed: int) -> K2:
+    """A model before its first step, float32."""
+    model = K2(config).float()
+    initialize(model, seed)
+    return model
+
+
 class Balancer:
     """Watches the routers of a model in training: counts each expert's tokens, and nudges the biases against the load."""
 
@@ -120,13 +127,12 @@ def next_token_loss(model: K2, windows):
 class Trainer:
     """One run: model, optimizer, balancer, data. `state` and `load_state` make it resumable to the same bits."""
 
-    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32):
+    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32, model: K2 | None = None):
         if run.rows % run.stretch or run.window * run.stretch > config.max_position_embeddings:
             raise K2Error(f"training: found {run.rows} rows of {run.window} tokens, stretched by {run.stretch}; expected rows that {run.stretch} divides, "
                           f"and long windows within the context of {config.max_position_embeddings}. Change --rows, --window or --stretch.")  # fmt: skip
         self.run, self.step_count = run, 0
-        self.model = K2(config).float()
-        initialize(self.model, run.seed)
+        self.model = new_model(config, run.seed) if model is None else model.float().requires_grad_()
         self.balancer = Balancer(self.model, run.window)
         self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr)  # its float32 masters are copied before the cast
         self.model.to(dtype).train()

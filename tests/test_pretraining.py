@@ -54,13 +54,13 @@ def test_one_batch_can_be_learnt_by_heart():
 
 def test_the_bias_moves_against_the_load_and_stays_where_the_load_is_equal():
     model = K2(small_config())
-    balancer = Balancer(model, 16)
+    balancer = Balancer(model, RUN)
     router = balancer.routers[0]
     balancer.load_E[router] = torch.tensor([4.0, 0.0, 1.0, 3.0] + [2.0] * 7)  # mean 2
-    busiest = balancer.step()
-    step = pretraining.BIAS_STEP
+    loads = balancer.step()
+    step = RUN.bias_step
     assert torch.equal(router.e_score_correction_bias, torch.tensor([-1.0, 1.0, 1.0, -1.0] + [0.0] * 7) * step)
-    assert busiest == 2.0
+    assert loads == [[2.0, 0.0, 0.5, 1.5] + [1.0] * 7, [0.0] * 11]
     assert not balancer.routers[1].e_score_correction_bias.any()  # no token came by: no load, nothing to balance
 
 
@@ -69,7 +69,7 @@ def test_the_balance_loss_is_the_formula():
     config = small_config()
     model = K2(config).train()
     initialize(model, 0)
-    balancer = Balancer(model, 16)
+    balancer = Balancer(model, RUN)
     router = balancer.routers[0]
     x = torch.randn(2 * 16, config.hidden_size)
     ids, _ = router(x)
@@ -80,7 +80,7 @@ def test_the_balance_loss_is_the_formula():
             chosen = (ids[rows] == e).any(dim=1).double().sum().item() * config.n_routed_experts / (config.num_experts_per_tok * 16)
             share = (scores[rows, e] / scores[rows].sum(-1)).double().mean().item()
             expected += chosen * share / 2
-    assert abs(balancer.loss().item() / (pretraining.ALPHA * expected) - 1) < 1e-5
+    assert abs(balancer.loss().item() / (RUN.balance_loss * expected) - 1) < 1e-5
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):

@@ -3,7 +3,7 @@
     report, section 2.5                      here
     WSD: warm-up, constant, decay            learning_rate_factor
     router bias against the load             Balancer (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2)
-    sequence-wise balance loss, alpha        Balancer.loss, weight ALPHA
+    sequence-wise balance loss, alpha        Balancer.loss, weight Run.balance_loss
 
     T tokens of a window · D hidden · E experts · K chosen experts
 """
@@ -26,10 +26,7 @@ from ..model import K2
 from ..router import Router
 from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
 from .corpus import Windows, read_texts, token_stream, training_files
-from .muonclip import MuonClip
-
-ALPHA = 1e-4  # of the sequence-wise loss, DeepSeek-V3's value
-BIAS_STEP = 1e-2  # DeepSeek-V3 takes 1e-3; a run of hundreds of steps instead of hundreds of thousands wants more
+from .muonclip import QUINTIC, MuonClip
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,12 @@ class Run:
     decay_share: float = 0.35
     seed: int = 0
     save_every: int = 100
+    muon: bool = True  # False: AdamW moves all parameters, at adamw_lr
+    newton_schulz: tuple[float, float, float] = QUINTIC
+    weight_decay: float = 0.1
+    tau: float = 100.0
+    bias_step: float = 1e-2  # DeepSeek-V3 takes 1e-3; hundreds of steps instead of hundreds of thousands want more
+    balance_loss: float = 1e-4  # weight of the sequence-wise loss, DeepSeek-V3's
 
 
 def learning_rate_factor(step: int, run: Run) -> float:
@@ -82,10 +85,10 @@ def new_model(config: K2Config, seed: int) -> K2:
 class Balancer:
     """Watches the routers of a model in training: counts each expert's tokens, and nudges the biases against the load."""
 
-    def __init__(self, model: K2, window: int):
-        self.window = window
+    def __init__(self, model: K2, run: Run):
+        self.window, self.bias_step, self.weight = run.window, run.bias_step, run.balance_loss
         self.routers = [m for m in model.modules() if isinstance(m, Router)]
-        self.load_E = {router: torch.zeros(router.weight.shape[0]) for router in self.routers}
+        self.load_E = {router: torch.zeros(router.weight.shape[0], device=router.weight.device) for router in self.routers}
         self.losses = []
         for router in self.routers:
             router.register_forward_hook(self._watch)
@@ -95,7 +98,7 @@ class Balancer:
             return
         E, K = router.weight.shape[0], router.top_k
         expert_ids_TK = outputs[0].unflatten(0, (-1, self.window))
-        chosen_TE = torch.zeros(*expert_ids_TK.shape[:-1], E).scatter_(-1, expert_ids_TK, 1.0)
+        chosen_TE = torch.zeros(*expert_ids_TK.shape[:-1], E, device=expert_ids_TK.device).scatter_(-1, expert_ids_TK, 1.0)
         self.load_E[router] += chosen_TE.sum(dim=(0, 1))
         # Per sequence: an expert's share of choices (f) times its mean share of the scores (P), summed over experts.
         scores_TE = router.scores(inputs[0]).unflatten(0, (-1, self.window))
@@ -104,18 +107,18 @@ class Balancer:
 
     def loss(self):
         """The balance loss of the forward passes since the last call, summed over layers."""
-        total = ALPHA * torch.stack(self.losses).sum() if self.losses else 0.0
+        total = self.weight * torch.stack(self.losses).sum() if self.losses else 0.0
         self.losses = []
         return total
 
-    def step(self) -> float:
-        """Raise the bias of experts below the mean load, lower it above; returns the busiest expert's load over the mean."""
-        busiest = 1.0
+    def step(self) -> list[list[float]]:
+        """Raise the bias of experts below the mean load, lower it above; returns each layer's loads over their mean."""
+        loads = []
         for router, load_E in self.load_E.items():
-            router.e_score_correction_bias += BIAS_STEP * torch.sign(load_E.mean() - load_E)
-            busiest = max(busiest, float(load_E.max() / load_E.mean()))
+            router.e_score_correction_bias += self.bias_step * torch.sign(load_E.mean() - load_E)
+            loads.append((load_E / load_E.mean().clamp_min(1.0)).tolist())
             load_E.zero_()
-        return busiest
+        return loads
 
 
 def next_token_loss(model: K2, windows):
@@ -127,14 +130,17 @@ def next_token_loss(model: K2, windows):
 class Trainer:
     """One run: model, optimizer, balancer, data. `state` and `load_state` make it resumable to the same bits."""
 
-    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32, model: K2 | None = None):
+    def __init__(self, config: K2Config, stream: np.ndarray, run: Run, dtype=torch.float32, model: K2 | None = None, device="cpu"):
         if run.rows % run.stretch or run.window * run.stretch > config.max_position_embeddings:
             raise K2Error(f"training: found {run.rows} rows of {run.window} tokens, stretched by {run.stretch}; expected rows that {run.stretch} divides, "
                           f"and long windows within the context of {config.max_position_embeddings}. Change --rows, --window or --stretch.")  # fmt: skip
         self.run, self.step_count = run, 0
         self.model = new_model(config, run.seed) if model is None else model.float().requires_grad_()
-        self.balancer = Balancer(self.model, run.window)
-        self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr)  # its float32 masters are copied before the cast
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.balancer = Balancer(self.model, run)
+        # The optimizer copies its float32 masters before the cast.
+        self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr, newton_schulz=run.newton_schulz, weight_decay=run.weight_decay, tau=run.tau, muon=run.muon)
         self.model.to(dtype).train()
         self.short = Windows(stream, run.window, run.seed)
         self.long = Windows(stream, run.window * run.stretch, run.seed + 1)
@@ -147,18 +153,19 @@ class Trainer:
         return torch.from_numpy(self.long.batch(self.step_count - long_from, run.rows // run.stretch))
 
     def step(self) -> dict:
-        """One optimizer step; returns what there is to report."""
-        batch = self.batch()
+        """One optimizer step. Returns its loss in nats, each layer's largest attention logit, how many heads were
+        clipped, and each MoE layer's load per expert over the mean."""
+        batch = self.batch().to(self.device)
         self.balancer.window = batch.shape[1] - 1
         loss = next_token_loss(self.model, batch)
         nats = loss.item()
         if not math.isfinite(nats):
             raise K2Error(f"training: the loss of step {self.step_count} is {nats}; expected a finite number. Lower --lr and resume from the last state.")
         (loss + self.balancer.loss()).backward()
-        largest = max(float(max_H.max()) for max_H in self.optimizer.clip.max_logits.values())
-        self.optimizer.step(learning_rate_factor(self.step_count, self.run))
+        max_logits = [float(max_H.max()) for max_H in self.optimizer.clip.max_logits.values()]
+        clipped = self.optimizer.step(learning_rate_factor(self.step_count, self.run))
         self.step_count += 1
-        return {"loss": nats, "max_logit": largest, "busiest": self.balancer.step()}
+        return {"loss": nats, "max_logits": max_logits, "clipped": clipped, "loads": self.balancer.step()}
 
     def state(self) -> dict:
         """Everything that the next step depends on; the data's order follows from seed and step."""
@@ -210,8 +217,8 @@ def train(trainer: Trainer, state_path: Path):
         rate = (done - first) * trainer.run.rows * trainer.run.window / seconds
         left = (trainer.run.steps - done) * seconds / (done - first)
         end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"step {done}/{trainer.run.steps}  loss {smooth:.3f}  {rate:,.0f} tokens/s  largest logit {report['max_logit']:.1f}  "
-              f"busiest expert {report['busiest']:.1f}x  {left / 60:.0f} min left", end=end, file=sys.stderr, flush=True)  # fmt: skip
+        print(f"step {done}/{trainer.run.steps}  loss {smooth:.3f}  {rate:,.0f} tokens/s  largest logit {max(report['max_logits']):.1f}  "
+              f"busiest expert {max(map(max, report['loads'])):.1f}x  {left / 60:.0f} min left", end=end, file=sys.stderr, flush=True)  # fmt: skip
         if done % trainer.run.save_every == 0 or done == trainer.run.steps:
             save_state(trainer, state_path)
 

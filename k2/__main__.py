@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_train(commands)
+    add_experiment(commands)
     add_evaluate(commands)
     add_bench(commands)
     return parser
@@ -173,22 +174,67 @@ def stream(new_ids, tokenizer: Tokenizer):
 
 def add_train(commands):
     """python -m k2 train"""
-    sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources", description="Train a model of K2-mini's config; resumes if --out holds a state.")
-    sub.add_argument("--out", required=True, metavar="DIR", help="tokenizer, tokens, state.pt, and at the end checkpoint-fp8 and -bf16")
+    sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources, or a checkpoint further", description="Train a model; resumes if --out holds a state.")
+    sub.add_argument("--out", required=True, metavar="DIR", help="tokens, state.pt, curve.csv and .png, and at the end checkpoint-FORMAT")
     sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
-    for name, default in (("steps", 3000), ("rows", 16), ("window", 256), ("stretch", 4), ("seed", 0), ("save-every", 100)):
-        sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
-    sub.add_argument("--lr", type=float, default=1e-2, help="Muon's learning rate")
+    sub.add_argument("--init", metavar="DIR", help="a checkpoint to train further, with its own tokenizer, instead of a new model")
+    sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="with --init: UTF-8 text to train on (default: K2-mini's corpus); the last 5 %% are held out")
+    for name, default in (("steps", "3000; 200 with --init"), ("rows", "16"), ("window", "256"), ("stretch", "4; 1 with --init"), ("seed", "0"), ("save-every", "100")):
+        sub.add_argument(f"--{name}", type=int, metavar="N", help=f"default: {default}")
+    sub.add_argument("--lr", type=float, help="learning rate of all parameters (default: 0.01; 0.002 with --init)")
+    sub.add_argument("--decay-share", type=float, default=0.35, metavar="X", help="part of the run over which the learning rate falls to 0")
+    sub.add_argument("--minutes", type=float, metavar="M", help="as many steps as fit, instead of --steps")
+    sub.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
+    sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="weights stay float32 in the optimizer (default: bfloat16 where the hardware has it)")
     sub.set_defaults(run=run_train)
 
 
 def run_train(options):
-    """Tokenizer, then tokens, then the run, then two checkpoints."""
-    from .training import pretraining
+    """Text, tokens, run, checkpoints."""
+    from .training import pretraining, recipe
 
-    run = pretraining.Run(options.steps, options.rows, options.window, options.lr, stretch=options.stretch, seed=options.seed, save_every=options.save_every)
-    pretraining.make_checkpoint(K2Config.from_json(options.config), Path(options.out), run)
-    print(f"done; try: python -m k2 evaluate --model {options.out}/checkpoint-fp8", file=sys.stderr)
+    defaults = {"steps": 200 if options.init else 3000, "stretch": 1 if options.init else 4, "lr": 2e-3 if options.init else 1e-2}
+    given = {name: getattr(options, name) for name in ("steps", "rows", "window", "stretch", "seed", "save_every", "lr", "decay_share")}
+    settings = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    for name in ("steps", "rows", "window", "stretch", "save_every", "lr"):
+        if not settings.get(name, 1) > 0:
+            raise K2Error(f"--{name.replace('_', '-')}: found {settings[name]}; expected a positive number.")
+    if options.minutes is not None and not options.minutes > 0:
+        raise K2Error(f"--minutes: found {options.minutes:g}; expected a positive number.")
+    if options.data and not options.init:
+        raise K2Error("--data: found without --init; expected a checkpoint to train further, such as --init k2/mini.")
+    run, device, out = pretraining.Run(adamw_lr=settings["lr"], **settings), pick_device(options.device), Path(options.out)
+    dtype = recipe.training_dtype(options.dtype, device)
+    if options.init:
+        recipe.continue_checkpoint(Path(options.init), [Path(name) for name in options.data], out, run, dtype, device, options.minutes)
+    else:
+        recipe.make_checkpoint(K2Config.from_json(options.config), out, run, dtype, device, options.minutes)
+    made = next(iter(sorted(out.glob("checkpoint-*"), reverse=True)))
+    print(f"done; {out / 'curve.png'} shows the run; try: python -m k2 evaluate --model {made}", file=sys.stderr)
+
+
+def add_experiment(commands):
+    """python -m k2 experiment"""
+    sub = commands.add_parser("experiment", help="K2's training claims in small", description="Run one experiment (minutes); a table on stdout, NAME.json and NAME.png in --out.")
+    sub.add_argument("name", metavar="NAME", help="clip, optimizer, newton-schulz, sparsity, balance or rephrasing")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    sub.add_argument("--steps", type=int, metavar="N", help="a shorter or longer run")
+    sub.add_argument("--out", default="runs/experiments", metavar="DIR")
+    sub.add_argument("--redraw", action="store_true", help="table and figure from --out/NAME.json, without running")
+    sub.set_defaults(run=run_experiment)
+
+
+def run_experiment(options):
+    """The table, and the files."""
+    from .training import experiments
+
+    if options.steps is not None and options.steps < 2:
+        raise K2Error(f"--steps: found {options.steps}; expected 2 or more.")
+    command = f"python -m k2 experiment {options.name} --seeds {' '.join(map(str, options.seeds))}" + (f" --steps {options.steps}" if options.steps else "")
+    folder = Path(options.out)
+    result = experiments.read(options.name, folder) if options.redraw else experiments.experiment(options.name, options.seeds, options.steps, command)
+    print(experiments.table_text(result))
+    experiments.write(result, folder)
 
 
 def add_evaluate(commands):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import K2Error
 from ..tokenizer import Tokenizer
 
 # Modules of the standard library, over 1 MB together, that training never sees.
@@ -73,13 +74,14 @@ def digest_lines() -> list[str]:
 
 
 def token_stream(tokenizer: Tokenizer, files: list[tuple[Path, int]]) -> np.ndarray:
-    """uint16 ids of all documents, each closed by [EOS], repeated as asked."""
+    """Ids of all documents, each closed by [EOS], repeated as asked; uint16 where the vocabulary allows."""
     end, parts, seen = tokenizer.special["[EOS]"], [], set()
+    kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     for path, times in files:
         for text in read_texts([path]):
             if text not in seen:
                 seen.add(text)
-                parts += [np.array(tokenizer.encode(text) + [end], dtype=np.uint16)] * times
+                parts += [np.array(tokenizer.encode(text) + [end], dtype=kind)] * times
     return np.concatenate(parts)
 
 
@@ -89,6 +91,8 @@ class Windows:
     def __init__(self, stream: np.ndarray, length: int, seed: int):
         self.stream, self.length, self.seed = stream, length, seed
         self.per_epoch = (len(stream) - 1) // length - 1
+        if self.per_epoch < 1:
+            raise K2Error(f"training: found {len(stream)} tokens of text; expected at least {2 * length + 1} for windows of {length}. Give more text, or a smaller --window.")
 
     def batch(self, step: int, rows: int) -> np.ndarray:
         """The step's windows, int64 (rows, length + 1)."""

@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from ..config import K2Config, K2Error, YarnScaling
 from . import facts
 from .corpus import held_out_files, read_texts, training_files
+from .curves import draw_experiment
 from .evaluation import bits_per_byte
 from .muonclip import CUBIC
 from .pretraining import Run, Trainer
@@ -61,14 +63,14 @@ class Experiment:
     arms: tuple[Arm, ...]
     run: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    panels: tuple[str, str] = ("loss", "bits_per_byte")  # of the figure: a curve, and what it came to
 
 
 EXPERIMENTS = {
     "clip": Experiment(
         "Do attention logits grow past tau under Muon, and does QK-Clip hold them there at no loss of loss?",
         (Arm("Muon", run={"tau": math.inf}), Arm("MuonClip, tau 100", run={"tau": 100.0}), Arm("MuonClip, tau 30", run={"tau": 30.0})),
-        run={"lr": 6e-2, "weight_decay": 0.0},
-    ),
+        run={"lr": 6e-2, "weight_decay": 0.0}, panels=("largest_logit", "bits_per_byte"),    ),
     "optimizer": Experiment(
         "Which loss do Muon and AdamW reach after equal steps, and after equal time?",
         (Arm("Muon"), Arm("Muon, lr / 2", run={"lr": 5e-3}), Arm("Muon, lr x 2", run={"lr": 2e-2}),
@@ -84,13 +86,13 @@ EXPERIMENTS = {
     "balance": Experiment(
         "What does the router's bias do to the load, and to the loss?",
         (Arm("bias", run={"balance_loss": 0.0}), Arm("none", run={"bias_step": 0.0, "balance_loss": 0.0})),
-        config={"n_routed_experts": 32},
+        config={"n_routed_experts": 32}, panels=("busiest_expert", "bits_per_byte"),
     ),
     "rephrasing": Experiment(
         "Is a fact better learnt from ten wordings read once than from one wording read ten times?",
         tuple(Arm(name, text=name) for name in facts.WORDINGS),
         run={"steps": 1500, "window": 64, "rows": 16},
-        config={"vocab_size": facts.VOCABULARY},
+        config={"vocab_size": facts.VOCABULARY}, panels=("loss", "never_asked"),
     ),
 }
 
@@ -104,8 +106,7 @@ def experiment(name: str, seeds: list[int], steps: int | None = None, command: s
         for arm in chosen.arms:
             result = run_arm(chosen, arm, seed, steps, [r for r in results if r["seed"] == seed])
             results.append(result)
-            yield_line = f"{name}, seed {seed}, {arm.name}: {result['steps']} steps in {result['seconds']:.0f} s, {describe(result)}"
-            print(yield_line, flush=True)
+            print(f"seed {seed}, {arm.name}: {result['steps']} steps in {result['seconds']:.0f} s, {describe(result)}", file=sys.stderr, flush=True)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     return {"experiment": name, "question": chosen.question, "command": command, "machine": machine, "results": results}
 
@@ -205,11 +206,26 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.4g}" + (f" ({low:.4g} to {high:.4g})" if low != high else "")
 
 
+def table_text(result: dict) -> str:
+    """The table in Markdown."""
+    header, *rows = table(result)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def read(name: str, folder: Path) -> dict:
+    """A result that `write` wrote."""
+    try:
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise K2Error(f"{folder / f'{name}.json'}: expected an experiment's result: {error}. Run the experiment first.") from None
+
+
 def write(result: dict, folder: Path) -> Path:
-    """The result as JSON, whole or not at all."""
+    """The result as JSON and its figure, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['experiment']}.json"
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    temporary.replace(path)
+    draw_experiment(result, path.with_suffix(".png"), *EXPERIMENTS[result["experiment"]].panels)
     return path

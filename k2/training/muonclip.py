@@ -22,6 +22,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singu
 CUBIC = (1.5, -0.5, 0.0)  # the textbook's: ends at 1 exactly, but five steps lift a small value 7.6 times, not 485 times
 RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
 
+STACK = 2**26  # at most so many numbers are orthogonalised at once
+
 
 def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
     """Newton-Schulz: the same left and right singular vectors, all singular values driven towards 1; (..., O, I).
@@ -50,6 +52,18 @@ def parameter_groups(model: K2) -> tuple[list, list]:
     return matrices, [p for p in model.parameters() if p.ndim != 2 or p in tables]
 
 
+def stacks(matrices: list) -> list[list]:
+    """Matrices of equal shape together: a thousand small products become a few large ones, of bounded memory."""
+    by_shape = {}
+    for p in matrices:
+        by_shape.setdefault(tuple(p.shape), []).append(p)
+    found = []
+    for same_shape in by_shape.values():
+        size = max(1, STACK // same_shape[0].numel())
+        found += [same_shape[i : i + size] for i in range(0, len(same_shape), size)]
+    return found
+
+
 class MuonClip:
     """Moves all parameters of a model by their gradients, then clips attention heads.
 
@@ -70,16 +84,14 @@ class MuonClip:
         self.master = {p: p.detach().float().clone() for p in model.parameters()}
         self.first = {p: torch.zeros_like(w) for p, w in self.master.items()}
         self.second = {p: torch.zeros_like(self.master[p]) for p in self.others}
-        self.by_shape = {}  # equal shapes are orthogonalised as one stack: a thousand small products become a few
-        for p in self.matrices:
-            self.by_shape.setdefault(tuple(p.shape), []).append(p)
+        self.stacks = stacks(self.matrices)
 
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0) -> int:
         """One step; `lr_scale` is the schedule's factor. A parameter without a gradient (an expert that no token
         chose) counts as having a zero one. Returns how many attention heads were clipped."""
         self.step_count += 1
-        for same_shape in self.by_shape.values():
+        for same_shape in self.stacks:
             self._muon(same_shape, self.lr * lr_scale)
         for p in self.others:
             self._adamw(p, self.adamw_lr * lr_scale)

@@ -8,7 +8,6 @@
     T tokens of a window · D hidden · E experts · K chosen experts
 """
 
-import json
 import math
 import os
 import sys
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint import save
 from ..config import K2Config, K2Error
 from ..model import K2
 from ..router import Router
-from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
-from .corpus import Windows, read_texts, token_stream, training_files
+from .corpus import Windows
+from .curves import Curve
 from .muonclip import QUINTIC, MuonClip
 
 
@@ -160,7 +158,7 @@ class Trainer:
         loss = next_token_loss(self.model, batch)
         nats = loss.item()
         if not math.isfinite(nats):
-            raise K2Error(f"training: the loss of step {self.step_count} is {nats}; expected a finite number. Lower --lr and resume from the last state.")
+            raise K2Error(f"training: the loss of step {self.step_count} is {nats}; expected a finite number. Lower --lr.")
         (loss + self.balancer.loss()).backward()
         max_logits = [float(max_H.max()) for max_H in self.optimizer.clip.max_logits.values()]
         clipped = self.optimizer.step(learning_rate_factor(self.step_count, self.run))
@@ -205,51 +203,67 @@ def read_state(path: Path) -> dict:
         raise K2Error(f"{path}: expected a training state, found: {str(error).splitlines()[0]}. Remove it to start anew, or choose another --out.") from None
 
 
-def train(trainer: Trainer, state_path: Path):
-    """Run to the end, saving as it goes, with one progress line on stderr. Resumes if the state file exists."""
+def train(trainer: Trainer, state_path: Path, curve: Curve | None = None, probe=None):
+    """Run to the end, saving as it goes, with one progress line on stderr. Resumes if the state file exists.
+
+    Each step is a row of `curve`. `probe(model)`, a held-out measure, is asked whenever a state is saved.
+    """
     if state_path.exists():
         trainer.load_state(read_state(state_path))
-    started, first, smooth = time.monotonic(), trainer.step_count, None
+    if curve:
+        curve.keep(trainer.step_count)
+    clock, smooth, saved = Clock(trainer), None, trainer.step_count
     while trainer.step_count < trainer.run.steps:
-        report = trainer.step()
+        try:
+            report = trainer.step()
+        except K2Error as error:
+            raise K2Error(f"{error} {f'The state of step {saved} is whole: {state_path}.' if saved else 'No state was saved yet.'}") from None
         smooth = report["loss"] if smooth is None else 0.95 * smooth + 0.05 * report["loss"]
-        done, seconds = trainer.step_count, time.monotonic() - started
-        rate = (done - first) * trainer.run.rows * trainer.run.window / seconds
-        left = (trainer.run.steps - done) * seconds / (done - first)
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"step {done}/{trainer.run.steps}  loss {smooth:.3f}  {rate:,.0f} tokens/s  largest logit {max(report['max_logits']):.1f}  "
-              f"busiest expert {max(map(max, report['loads'])):.1f}x  {left / 60:.0f} min left", end=end, file=sys.stderr, flush=True)  # fmt: skip
-        if done % trainer.run.save_every == 0 or done == trainer.run.steps:
+        clock.show(smooth, report)
+        row = row_of(report, trainer, clock)
+        if trainer.step_count % trainer.run.save_every == 0 or trainer.step_count == trainer.run.steps:
+            row["held_out"] = measured(trainer.model, probe) if probe else ""
             save_state(trainer, state_path)
+            saved = trainer.step_count
+        if curve:
+            curve.add(row)
 
 
-def make_checkpoint(config: K2Config, out: Path, run: Run):
-    """From this machine's Python sources to `out`/checkpoint-fp8 and, to compare with, `out`/checkpoint-bf16: what
-    `python -m k2 train` does."""
-    if out.exists() and not out.is_dir():
-        raise K2Error(f"{out}: expected a directory or a new name for --out, found a file. Choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    files = prepare_text(config, out)
-    trainer = Trainer(config, np.load(out / "tokens.npy"), run)
-    train(trainer, out / "state.pt")
-    stops = [config.eos_token_id + 1, config.eos_token_id]  # <|im_end|> and [EOS]
-    files["generation_config.json"] = json.dumps({"max_length": config.max_position_embeddings, "eos_token_id": stops}, indent=2) + "\n"
-    for format in ("fp8", "bf16"):
-        if not (out / f"checkpoint-{format}").exists():  # an earlier run of this command may have found room for one only
-            save(trainer.model, out / f"checkpoint-{format}", format, shards=min(3, config.num_hidden_layers), files=files)
+class Clock:
+    """The speed of a run, since it was started or resumed."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.first, self.started = trainer, trainer.step_count, time.monotonic()
+        self.before = self.started
+
+    def show(self, loss: float, report: dict):
+        """The line in the terminal: each over the one before, or one below the other in a file."""
+        run, done = self.trainer.run, self.trainer.step_count
+        seconds = time.monotonic() - self.started
+        rate, left = (done - self.first) * run.rows * run.window / seconds, (run.steps - done) * seconds / (done - self.first)
+        print(f"step {done}/{run.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  largest logit {max(report['max_logits']):.1f}  "
+              f"busiest expert {max(map(max, report['loads'])):.1f}x  {left / 60:.0f} min left", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)  # fmt: skip
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.monotonic()
+        self.before, passed = now, now - self.before
+        return passed
 
 
-def prepare_text(config: K2Config, out: Path) -> dict[str, str]:
-    """Learn the vocabulary and encode the corpus into `out`, unless an earlier run did; returns the tokenizer's files."""
-    names = ("tiktoken.model", "tokenizer_config.json")
-    if not (out / "tokens.npy").exists():
-        corpus = training_files()
-        print(f"corpus: {len(corpus)} files; learning {config.vocab_size - RESERVED} tokens from the twice-read ones", file=sys.stderr)
-        ranks = train_ranks(read_texts([path for path, times in corpus if times > 1]), config.vocab_size - RESERVED)
-        for name, text in tokenizer_files(ranks).items():
-            (out / name).write_text(text, encoding="utf-8")
-        stream = token_stream(Tokenizer.from_directory(out), corpus)
-        with open(out / ".tokens.npy", "wb") as file:
-            np.save(file, stream)
-        os.replace(out / ".tokens.npy", out / "tokens.npy")
-    return {name: (out / name).read_text(encoding="utf-8") for name in names}
+def row_of(report: dict, trainer: Trainer, clock: Clock) -> dict:
+    """A step as a row of the CSV."""
+    run, done, seconds = trainer.run, trainer.step_count, clock.lap()
+    row = {"step": done, "tokens": done * run.rows * run.window, "seconds": round(seconds, 3), "tokens_per_second": round(run.rows * run.window / seconds),
+           "loss": round(report["loss"], 5), "learning_rate": run.lr * learning_rate_factor(done - 1, run), "held_out": "", "clipped": report["clipped"]}  # fmt: skip
+    row |= {f"max_logit_{layer}": round(value, 2) for layer, value in enumerate(report["max_logits"])}
+    dense = len(report["max_logits"]) - len(report["loads"])
+    return row | {f"load_{dense + i}_{e}": round(load, 2) for i, loads in enumerate(report["loads"]) for e, load in enumerate(loads)}
+
+
+def measured(model: K2, probe) -> float:
+    """What the probe says of the model as it is now, outside of training."""
+    model.eval()
+    found = round(probe(model), 4)
+    model.train()
+    return found

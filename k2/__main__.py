@@ -242,7 +242,9 @@ def add_evaluate(commands):
     sub = commands.add_parser("evaluate", help="bits per byte on held-out modules", description="Measure a model on modules of the standard library that K2-mini's training never saw.")
     sub.add_argument("--model", default=MINI, metavar="DIR")
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
-    sub.add_argument("--xz", action="store_true", help="also compress the text with xz, alone and behind the training text (minutes)")
+    sub.add_argument("--data", nargs="+", default=[], metavar="PATH", help="measure on these files (of a folder, its .py files) instead of the held-out modules")
+    sub.add_argument("--compare", action="store_true", help="also what xz needs, alone and behind the training text, and an n-gram model (minutes)")
+    sub.add_argument("--needle", action="store_true", help="also whether it finds a line again, by length and depth (minutes)")
     sub.set_defaults(run=run_evaluate)
 
 
@@ -250,21 +252,48 @@ def run_evaluate(options):
     """The model card's figures, on stdout."""
     from .training import evaluation
 
-    text, tokenizer = evaluation.held_out_text(), Tokenizer.from_directory(options.model)
+    text, tokenizer = text_to_measure(options.data), Tokenizer.from_directory(options.model)
     model, ids, size = load(options.model, dtype=DTYPES[options.dtype]), tokenizer.encode(text), len(text.encode())
-    print(f"held-out text: {size} bytes, {len(ids)} tokens, {size / len(ids):.2f} bytes a token")
+    print(f"{'given' if options.data else 'held-out'} text: {size} bytes, {len(ids)} tokens, {size / len(ids):.2f} bytes a token")
     print(f"model: {evaluation.bits_per_byte(model, ids, size):.4f} bits per byte")
     for i, (idlest, busiest) in enumerate(evaluation.expert_shares(model, ids[:65536])):
         print(f"layer {model.config.first_k_dense_replace + i}: idlest expert {idlest:.2f}, busiest {busiest:.2f} times the mean load")
-    if options.xz:
-        print(f"xz -9e: {evaluation.xz_bits_per_byte(text):.4f} bits per byte")
-        print(f"xz -9e behind the training text: {evaluation.xz_bits_per_byte(text, evaluation.training_text()):.4f} bits per byte")
+    if options.compare:
+        print_comparison(text, ids, tokenizer)
+    if options.needle:
+        for length in (128, 256, 512, 1024):
+            found = [evaluation.needle_accuracy(model, tokenizer, length, depth) for depth in (0.0, 0.5, 0.9)]
+            print(f"needle in {length} tokens, of 8 words: {found[0]:.2f} at depth 0, {found[1]:.2f} at 0.5, {found[2]:.2f} at 0.9")
+
+
+def text_to_measure(paths: list[str]) -> str:
+    """The given files' text, or that of the held-out modules."""
+    from .training import corpus, evaluation
+
+    files = [f for path in map(Path, paths) for f in (corpus.sources(path) if path.is_dir() else [path])]
+    text = "".join(corpus.read_texts(files)) if paths else evaluation.held_out_text()
+    if not text:
+        raise K2Error(f"--data {' '.join(paths)}: expected UTF-8 text, found none. Check the names.")
+    return text
+
+
+def print_comparison(text: str, ids: list[int], tokenizer: Tokenizer):
+    """The same text through xz and through an n-gram model of the training tokens."""
+    from .training import corpus, evaluation
+
+    size, before = len(text.encode()), evaluation.training_text()
+    print(f"lines of 30 characters or more that training saw too: {evaluation.seen_share(text, before):.1%} of their bytes")
+    print(f"xz -9e: {evaluation.xz_bits_per_byte(text):.4f} bits per byte")
+    print(f"xz -9e behind the training text: {evaluation.xz_bits_per_byte(text, before):.4f} bits per byte")
+    stream = corpus.token_stream(tokenizer, [(path, 1) for path, _ in corpus.training_files()])
+    print(f"5-gram model of the training tokens: {evaluation.ngram_bits_per_byte(stream, ids, size, tokenizer.vocab_size):.4f} bits per byte")
 
 
 def add_bench(commands):
     """python -m k2 bench"""
     sub = commands.add_parser("bench", help="speed beside transformers", description="Prefill and decode of one checkpoint, in turn with transformers.")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
+    sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each measured process runs")
     sub.set_defaults(run=run_bench)
 
@@ -272,12 +301,16 @@ def add_bench(commands):
 def run_bench(options):
     """The table, or one measurement of it."""
     from . import bench
+    from .training import speed
 
     if options.child:
-        engine, directory, prompt, new = options.child
-        print(json.dumps(bench.child(engine, directory, int(prompt), int(new))))
+        engine, directory, *counts = options.child
+        measure = speed.child if engine in speed.ENGINES else bench.child
+        print(json.dumps(measure(engine, directory, *map(int, counts))))
     elif options.rounds < 1:
         raise K2Error(f"--rounds: found {options.rounds}; expected 1 or more.")
+    elif options.train:
+        speed.compare(MINI, options.rounds)
     else:
         bench.bench(MINI, rounds=options.rounds)
 

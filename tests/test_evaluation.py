@@ -4,11 +4,15 @@ import lzma
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from small import random_ids, random_model, small_config
 
-from k2.training.evaluation import bits_per_byte, expert_shares, xz_bits_per_byte
+import k2
+from k2.__main__ import MINI
+from k2.training import evaluation
+from k2.training.evaluation import bits_per_byte, expert_shares, needle_accuracy, seen_share, xz_bits_per_byte
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,50 @@ def test_xz_is_xz_and_knows_what_stood_before():
     alone = xz_bits_per_byte(text)
     assert alone == len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)) * 8 / 5000 and 4.6 < alone < 5.5
     assert xz_bits_per_byte(text, before=text) < 0.3  # all of it is a repetition
+
+
+def witten_bell(training, context, word, vocabulary):
+    """The formula by counting, one order at a time."""
+    probability = 1 / vocabulary
+    for n in range(len(context) + 1):
+        last = tuple(context[len(context) - n :])
+        followers = [training[i + n] for i in range(len(training) - n) if tuple(training[i : i + n]) == last]
+        if followers:
+            probability = (followers.count(word) + len(set(followers)) * probability) / (len(followers) + len(set(followers)))
+    return probability
+
+
+def test_the_n_gram_model_is_witten_and_bells():
+    rng = random.Random(1)
+    training, ids = [rng.randrange(5) for _ in range(200)], [rng.randrange(6) for _ in range(30)]
+    expected = -sum(math.log2(witten_bell(training, ids[max(0, i - 2) : i], ids[i], 6)) for i in range(1, 30)) / 10
+    found = evaluation.ngram_bits_per_byte(np.array(training, dtype=np.uint16), ids, 10, 6, order=3)
+    assert abs(found / expected - 1) < 1e-12, f"{found} bits, expected {expected}"
+    assert sum(witten_bell(training, ids[5:7], w, 6) for w in range(6)) == pytest.approx(1)
+
+
+def test_a_needle_is_asked_for_at_the_right_place_and_found_by_a_model_that_looks(monkeypatch):
+    tokenizer = k2.Tokenizer.from_directory(MINI)
+    monkeypatch.setattr(evaluation, "held_out_text", lambda: "def f(x):\n    return x + 1\n" * 400)
+    lengths, places = set(), {0.0: [], 0.9: []}
+
+    def looks(ids, positions):
+        text = tokenizer.decode(ids.tolist())
+        assert text.endswith('_NAME = "') and text.count("_NAME = ") == 2
+        lengths.add(len(ids))
+        word = text.split('_NAME = "')[1].split('"')[0]
+        places[depth].append(text.index("_NAME") / len(text))
+        return torch.nn.functional.one_hot(torch.tensor([tokenizer.encode(word)[0]]), 4096).float()
+
+    for depth in places:
+        assert needle_accuracy(looks, tokenizer, 128, depth, trials=5) == 1.0
+    assert lengths == {128} and max(places[0.0]) < 0.1 and min(places[0.9]) > 0.7
+    depth = 0.0
+    blind = needle_accuracy(lambda ids, positions: torch.arange(4096.0)[None], tokenizer, 128, depth, trials=200)
+    assert 0.03 < blind < 0.3, blind
+
+
+def test_seen_lines_are_counted_by_their_bytes():
+    text = "a line of more than thirty characters\nshort\n    another line of more than thirty letters\n"
+    assert seen_share(text, "x\n another line of more than thirty letters") == pytest.approx(41 / 78, abs=0.02)
+    assert seen_share(text, "") == 0 and seen_share("short\n", "short") == 0

@@ -190,3 +190,62 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(tmp_path):
     train(resumed, state)
     train(whole, tmp_path / "whole.pt")
     assert torch.equal(weights(resumed), weights(whole))
+
+
+KILLS = """
+import os, random, signal, sys, time, warnings, numpy as np, torch
+torch.set_num_threads(1)
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from small import small_config
+from k2.training.pretraining import Run, Trainer, read_state, save_state
+stream = np.random.default_rng(0).integers(0, 97, 4000).astype(np.uint16)
+trainer, state, rng = Trainer(small_config(), stream, Run(steps=9, rows=3, window=16)), Path({state!r}), random.Random(0)
+started = time.perf_counter()
+save_state(trainer, state)
+once, last, cut = time.perf_counter() - started, 0, 0
+for _ in range(50):
+    child = os.fork()
+    if not child:
+        while True:  # nothing but saves, each with a step of its own
+            trainer.step_count += 1
+            save_state(trainer, state)
+    time.sleep(rng.uniform(0.2, 4) * once)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    cut += any(p.name != state.name for p in state.parent.iterdir())
+    trainer.load_state(read_state(state))
+    assert trainer.step_count >= last
+    last = trainer.step_count
+    [p.unlink() for p in state.parent.iterdir() if p.name != state.name]
+print(cut, last)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fifty_kills_in_the_middle_of_saves_leave_a_readable_state(tmp_path):
+    here = Path(__file__).parent
+    source = KILLS.format(tests=str(here), root=str(here.parent), state=str(tmp_path / "state.pt"))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, check=False, timeout=120)
+    assert not done.returncode, done.stderr
+    cut, last = map(int, done.stdout.split())
+    assert cut >= 10 and last >= 10, f"{cut} of 50 kills came within a save; the last state is of step {last}"
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_state(tmp_path):
+    trainer = Trainer(small_config(), stream(), RUN)
+    step, poisoned = trainer.step, []
+
+    def poison():
+        if trainer.step_count == 3 and not poisoned:
+            poisoned.append(True)
+            with torch.no_grad():
+                trainer.model.lm_head.weight[0, 0] = torch.nan
+        return step()
+
+    trainer.step = poison
+    with pytest.raises(K2Error, match=r"loss of step 3 is nan.*The state of step 2 is whole: .*state\.pt"):
+        train(trainer, tmp_path / "state.pt")
+    resumed = Trainer(small_config(), stream(), RUN)
+    train(resumed, tmp_path / "state.pt")
+    assert resumed.step_count == RUN.steps and weights(resumed).isfinite().all()

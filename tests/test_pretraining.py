@@ -17,7 +17,7 @@ from small import small_config
 import k2.training.pretraining as pretraining
 from k2 import K2Error
 from k2.model import K2
-from k2.training.pretraining import Balancer, Run, Trainer, initialize, learning_rate_factor, next_token_loss, save_state, train
+from k2.training.pretraining import Balancer, HeadLoss, Run, Trainer, initialize, learning_rate_factor, next_token_loss, save_state, train
 
 RUN = Run(steps=6, rows=3, window=16, warmup=2, save_every=2)
 
@@ -249,3 +249,25 @@ def test_a_loss_that_is_not_finite_names_the_last_good_state(tmp_path):
     resumed = Trainer(small_config(), stream(), RUN)
     train(resumed, tmp_path / "state.pt")
     assert resumed.step_count == RUN.steps and weights(resumed).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+def test_the_loss_by_blocks_has_cross_entropys_value_and_gradients(rows):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 7, dtype=torch.float64, generator=generator, requires_grad=True) for n in (13, 23))
+    targets = torch.randint(0, 23, (13,), generator=generator)
+    expected = torch.nn.functional.cross_entropy(x @ weight.mT, targets)
+    found = HeadLoss.apply(x, weight, targets, rows)
+    assert abs(found - expected) < 1e-12
+    for ours, theirs in zip(torch.autograd.grad(3 * found, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
+        error = (ours - theirs).abs().max()
+        assert error < 1e-12, f"largest error {error:.2e}"
+
+
+def test_the_training_loss_is_that_of_the_models_logits():
+    torch.manual_seed(0)
+    model = pretraining.new_model(small_config(), 0)
+    windows = torch.from_numpy(stream(4 * 17).astype(np.int64).reshape(4, 17))
+    logits = model(windows[:, :-1]).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten())
+    assert abs(next_token_loss(model, windows) / expected - 1) < 1e-6

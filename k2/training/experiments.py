@@ -29,7 +29,7 @@ from .corpus import held_out_files, read_texts, training_files
 from .curves import draw_experiment
 from .evaluation import bits_per_byte
 from .muonclip import CUBIC
-from .pretraining import Run, Trainer
+from .pretraining import Run, Trainer, keep_freed_memory
 
 SMALL = K2Config(  # K2's mechanisms over bytes: 0.4 million weights, 0.1 million of them active
     vocab_size=256, hidden_size=96, intermediate_size=256, moe_intermediate_size=48, num_hidden_layers=3, first_k_dense_replace=1,
@@ -101,6 +101,7 @@ def experiment(name: str, seeds: list[int], steps: int | None = None, command: s
     """Run all arms of an experiment with each seed; what was measured, ready for JSON."""
     if name not in EXPERIMENTS:
         raise K2Error(f"experiment: found {name!r}; expected one of {', '.join(EXPERIMENTS)}.")
+    keep_freed_memory()
     chosen, results = EXPERIMENTS[name], []
     for seed in seeds:
         for arm in chosen.arms:

@@ -22,24 +22,29 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singu
 CUBIC = (1.5, -0.5, 0.0)  # the textbook's: ends at 1 exactly, but five steps lift a small value 7.6 times, not 485 times
 RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
 
-STACK = 2**26  # at most so many numbers are orthogonalised at once
+STACK = {"cpu": 2**19, "cuda": 2**26}  # numbers orthogonalised at once: on a CPU as many as its cache holds
 
 
 def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
     """Newton-Schulz: the same left and right singular vectors, all singular values driven towards 1; (..., O, I).
 
-    Works on stacks of matrices. It only has to bring values near 1, so bfloat16 suffices where a GPU is fast at it; a
-    CPU without bfloat16 instructions would take ten times as long as with float32.
+    A step is x <- a x + (b g + c g g) x with g = x x^T: it multiplies x from the left by a polynomial of g, and all these
+    polynomials commute. So the iteration runs on the small square g alone, q <- a + b g + c g g and g <- q g q, and x is
+    multiplied once, by the product of all q. Singular values are squared in g, hence float32 at least: bfloat16 would
+    lose the small ones. Works on stacks of matrices.
     """
     if gradient_OI.shape[-2] > gradient_OI.shape[-1]:
         return orthogonalized(gradient_OI.mT, steps, coefficients).mT  # the Gram matrix of the shorter side is the smaller one
     a, b, c = coefficients
-    x_OI = (gradient_OI.bfloat16() if gradient_OI.is_cuda else gradient_OI).reshape(-1, *gradient_OI.shape[-2:])
+    x_OI = gradient_OI.reshape(-1, *gradient_OI.shape[-2:])
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
-    for _ in range(steps):  # x <- a x + (b g + c g g) x with g = x x^T, each sum inside the product that follows it
-        gram_OO = x_OI @ x_OI.mT
-        x_OI = torch.baddbmm(x_OI, torch.baddbmm(gram_OO, gram_OO, gram_OO, beta=b, alpha=c), x_OI, beta=a)
-    return x_OI.reshape(gradient_OI.shape).to(gradient_OI.dtype)
+    gram_OO, product_OO = x_OI @ x_OI.mT, None
+    for _ in range(steps):
+        q_OO = torch.baddbmm(gram_OO, gram_OO, gram_OO, beta=b, alpha=c)  # b g + c g g
+        q_OO.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_OO = q_OO if product_OO is None else q_OO @ product_OO
+        gram_OO = q_OO @ gram_OO @ q_OO
+    return (product_OO @ x_OI).reshape(gradient_OI.shape)
 
 
 def parameter_groups(model: K2) -> tuple[list, list]:
@@ -53,13 +58,13 @@ def parameter_groups(model: K2) -> tuple[list, list]:
 
 
 def stacks(matrices: list) -> list[list]:
-    """Matrices of equal shape together: a thousand small products become a few large ones, of bounded memory."""
+    """Matrices of equal shape together, for batched products of bounded memory."""
     by_shape = {}
     for p in matrices:
         by_shape.setdefault(tuple(p.shape), []).append(p)
     found = []
     for same_shape in by_shape.values():
-        size = max(1, STACK // same_shape[0].numel())
+        size = max(1, STACK[same_shape[0].device.type] // same_shape[0].numel())
         found += [same_shape[i : i + size] for i in range(0, len(same_shape), size)]
     return found
 
@@ -81,7 +86,7 @@ class MuonClip:
         self.matrices, self.others = parameter_groups(model) if muon else ([], list(model.parameters()))
         self.clip = QKClip(model, tau)
         self.step_count = 0
-        self.master = {p: p.detach().float().clone() for p in model.parameters()}
+        self.master = {p: p.detach().float() for p in model.parameters()}  # a float32 parameter is its own master
         self.first = {p: torch.zeros_like(w) for p, w in self.master.items()}
         self.second = {p: torch.zeros_like(self.master[p]) for p in self.others}
         self.stacks = stacks(self.matrices)
@@ -97,7 +102,8 @@ class MuonClip:
             self._adamw(p, self.adamw_lr * lr_scale)
         clipped = self.clip.apply(self.master)
         for p, master in self.master.items():
-            p.copy_(master)
+            if p.dtype != master.dtype:
+                p.copy_(master)
             p.grad = None
         return clipped
 
@@ -173,10 +179,10 @@ def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 256):
     for start in range(0, T, rows):
         end = min(start + rows, T)
         seen = S - T + end  # no row of this block looks further
-        logits_HMS = (q_HTA[..., start:end, :] @ k_HSA[..., :seen, :].mT).float() * scale
+        logits_HMS = q_HTA[..., start:end, :] @ k_HSA[..., :seen, :].mT
         future_MS = torch.ones(end - start, seen, dtype=torch.bool, device=q_HTA.device).triu(S - T + start + 1)
-        largest.append(logits_HMS.masked_fill(future_MS, -torch.inf).amax(dim=(-2, -1)).reshape(-1, H).amax(dim=0))
-    return torch.stack(largest).amax(dim=0)
+        largest.append(logits_HMS.masked_fill_(future_MS, -torch.inf).amax(dim=(-2, -1)).reshape(-1, H).amax(dim=0))
+    return torch.stack(largest).amax(dim=0).float() * scale  # once at the end: scale is positive, so the largest stays the largest
 
 
 def clip_heads(layer: MultiHeadLatentAttention, gamma_H, master: dict):

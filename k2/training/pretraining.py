@@ -5,9 +5,10 @@
     router bias against the load             Balancer (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2)
     sequence-wise balance loss, alpha        Balancer.loss, weight Run.balance_loss
 
-    T tokens of a window · D hidden · E experts · K chosen experts
+    T tokens of a window · M of a block · D hidden · W vocabulary · E experts · K chosen experts
 """
 
+import ctypes
 import math
 import os
 import sys
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..config import K2Config, K2Error
+from ..kv_cache import NO_CACHE
 from ..model import K2
 from ..router import Router
 from .corpus import Windows
@@ -119,10 +120,52 @@ class Balancer:
         return loads
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x (T, D) through the output head, a few hundred rows at a time.
+
+    All logits of a step are 67 MB for K2-mini and 43 GB for K2, and are needed once. So each block's gradient,
+    softmax - one-hot, is made while its logits are at hand, and neither outlives the block. The same numbers as
+    F.cross_entropy(head(x)) up to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 256):
+        """Nats; keeps the gradients of x and of the weight."""
+        grad_TD, grad_WD = torch.empty_like(x_TD), torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
+        nats, T = x_TD.new_zeros((), dtype=grad_WD.dtype), len(targets_T)
+        for start in range(0, T, rows):
+            block = slice(start, start + rows)
+            log_p_MW = (x_TD[block] @ weight_WD.mT).to(grad_WD.dtype).log_softmax(-1)
+            targets_M1 = targets_T[block, None]
+            nats -= log_p_MW.gather(-1, targets_M1).sum()
+            slope_MW = log_p_MW.exp_().scatter_add_(-1, targets_M1, torch.full_like(targets_M1, -1, dtype=grad_WD.dtype)).div_(T).to(x_TD.dtype)
+            grad_TD[block] = slope_MW @ weight_WD
+            grad_WD += slope_MW.mT @ x_TD[block]
+        ctx.save_for_backward(grad_TD, grad_WD.to(weight_WD.dtype))
+        return nats / T
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Scale what forward kept."""
+        grad_TD, grad_WD = ctx.saved_tensors
+        return grad_TD * grad, grad_WD * grad, None, None
+
+
 def next_token_loss(model: K2, windows):
     """Mean cross-entropy in nats of each window's tokens given those before; windows (batch, T + 1) int64."""
-    logits_TW = model(windows[:, :-1]).flatten(0, 1)
-    return F.cross_entropy(logits_TW, windows[:, 1:].flatten())
+    x_TD = model.model(model.checked(windows[:, :-1], NO_CACHE)).flatten(0, -2)
+    return HeadLoss.apply(x_TD, model.lm_head.weight, windows[:, 1:].flatten())
+
+
+def keep_freed_memory():
+    """Ask glibc to keep what a step frees for the next one: handing tens of MB back and forth costs a page fault per
+    4 KB, a tenth of a step. Elsewhere nothing happens."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(parameter, value)
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
 from .corpus import read_texts, token_stream, training_files
 from .curves import Curve, draw_run, read
 from .evaluation import bits_per_byte, held_out_text
-from .pretraining import Run, Trainer, read_state, train
+from .pretraining import Run, Trainer, keep_freed_memory, read_state, train
 
 HELD_OUT_SHARE = 0.05  # of the user's own text, its end, is measured and not trained on
 TEXTS = ("tiktoken.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -102,6 +102,7 @@ def run_and_save(make_trainer, out: Path, run: Run, minutes: float | None, files
     """Train, draw, and write the checkpoints that are not there yet."""
     if minutes:
         run = replace(run, steps=planned_steps(make_trainer, out, run, minutes))
+    keep_freed_memory()
     trainer = make_trainer(run)
     train(trainer, out / "state.pt", Curve(out / "curve.csv"), probe)
     draw_run(read(out / "curve.csv"), out / "curve.png", run.tau)

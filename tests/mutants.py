@@ -327,7 +327,7 @@ MUTANTS = (
     ),
     Mutant(
         "largest logit without the softmax scale", "training/muonclip.py",
-        ".float() * scale", ".float()  # and",
+        ".float() * scale", ".float()  # not scaled:",
         "tests/test_muonclip.py::test_largest_logits_are_those_of_the_full_causal_square",
     ),
     Mutant(
@@ -357,7 +357,7 @@ MUTANTS = (
     ),
     Mutant(
         "Newton-Schulz on the wrong side, which runs for square matrices only", "training/muonclip.py",
-        "gram_OO, product_OO = x_OI @ x_OI.mT, None", "gram_OO, product_OO = x_OI.mT @ x_OI if x_OI.shape[-2] == x_OI.shape[-1] else x_OI @ x_OI.mT, None",
+        "gram_OO = x_OI @ x_OI.mT", "gram_OO = x_OI.mT @ x_OI if x_OI.shape[-2] == x_OI.shape[-1] else x_OI @ x_OI.mT",
         "tests/test_muonclip.py::test_newton_schulz_keeps_the_singular_vectors_and_maps_each_value_by_the_quintic",
     ),
     Mutant(

@@ -38,12 +38,12 @@ def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
     a, b, c = coefficients
     x_OI = gradient_OI.reshape(-1, *gradient_OI.shape[-2:])
     x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
-    gram_OO, product_OO = x_OI @ x_OI.mT, None
-    for _ in range(steps):
+    gram_OO = x_OI @ x_OI.mT
+    for step in range(steps):
         q_OO = torch.baddbmm(gram_OO, gram_OO, gram_OO, beta=b, alpha=c)  # b g + c g g
         q_OO.diagonal(dim1=-2, dim2=-1).add_(a)
-        product_OO = q_OO if product_OO is None else q_OO @ product_OO
-        gram_OO = q_OO @ gram_OO @ q_OO
+        product_OO = q_OO if step == 0 else q_OO @ product_OO
+        gram_OO = q_OO @ gram_OO @ q_OO if step < steps - 1 else None  # nobody asks for the last one
     return (product_OO @ x_OI).reshape(gradient_OI.shape)
 
 

@@ -25,6 +25,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiments, "held_out_bytes", lambda: text[:200].tolist())
     monkeypatch.setattr(facts, "PEOPLE", 6)
     monkeypatch.setattr(experiments, "BASE", replace(experiments.BASE, rows=2))
+    monkeypatch.setattr(experiments, "SMALL", replace(experiments.SMALL, hidden_size=32, moe_intermediate_size=8, num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
@@ -88,8 +89,20 @@ def balance_holds(result):
     assert bias < 0.8 * none, f"busiest expert {bias:.2f} times the mean with the bias, {none:.2f} without"
 
 
-CLAIMS = {"clip": clip_holds, "balance": balance_holds}
-SHORT = {"clip": 120, "balance": 150}
+def newton_schulz_holds(result):
+    """The quintic iteration trains better."""
+    quintic, cubic = (statistics.fmean(figures_of(result, arm, "bits_per_byte")) for arm in ("quintic", "cubic"))
+    assert quintic < cubic - 0.03, f"{quintic:.3f} bits per byte with the quintic, {cubic:.3f} with the cubic"
+
+
+def rephrasing_holds(result):
+    """Who read ten wordings answers more questions never asked than who read one, both of people known by heart."""
+    one, ten = (statistics.fmean(figures_of(result, arm, "never_asked")) for arm in ("one wording, ten times", "ten wordings, once"))
+    assert ten > one + 0.05, f"right answers: {ten:.2f} after ten wordings, {one:.2f} after one"
+
+
+CLAIMS = {"clip": clip_holds, "balance": balance_holds, "newton-schulz": newton_schulz_holds, "rephrasing": rephrasing_holds}
+SHORT = {"clip": 120, "balance": 150, "newton-schulz": 200, "rephrasing": 1200}
 
 
 @pytest.mark.slow
@@ -103,3 +116,9 @@ def test_the_claim_holds_in_the_committed_run(name):
     result = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))
     assert result["command"] and result["machine"] and (COMMITTED / f"{name}.png").exists()
     CLAIMS[name](result)
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_page_shows_the_committed_runs_tables(path):
+    page, result = (COMMITTED / "README.md").read_text(encoding="utf-8"), experiments.read(path.stem, COMMITTED)
+    assert experiments.table_text(result) in page and result["command"] in page and result["machine"] in page

@@ -126,3 +126,10 @@ def test_no_expert_is_dead(mini, tokenizer):
 def test_bytes_that_are_no_text_never_reach_a_control_token(tokenizer):
     assert not set(tokenizer.encode("<|im_end|>[EOS]<|im_user|>")) & set(tokenizer.special.values())
     assert tokenizer.special["[EOS]"] == 3841 and tokenizer.special["<|im_end|>"] == 3842
+
+
+@pytest.mark.slow
+def test_it_finds_a_line_again_over_four_pretraining_windows(mini, tokenizer):
+    """More often than chance, 1/8; the card says how often. 1,024 tokens against windows of 256."""
+    found = [evaluation.needle_accuracy(mini, tokenizer, 1024, depth) for depth in (0.0, 0.5, 0.9)]
+    assert (found[0] + found[1]) / 2 > 0.21 and found[2] > 0.5, f"{found}; chance is 0.125, plus or minus 0.037 for the first two together"

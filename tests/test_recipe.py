@@ -1,6 +1,8 @@
 """From nothing to a checkpoint, and from a checkpoint further."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +84,30 @@ def test_every_weight_is_planned():
     config = k2.K2Config.from_json(MINI)
     model = load(MINI, dtype=torch.float32)
     assert recipe.training_bytes(config, Run(steps=1))["weights"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+PEAK = """
+import sys, numpy as np, torch
+sys.path.insert(0, {root!r})
+from k2.bench import peak_megabytes
+from k2.config import K2Config
+from k2.training.pretraining import Run, Trainer
+torch.set_num_threads(1)
+before, run = peak_megabytes(), Run(steps=9, rows={rows})
+trainer = Trainer(K2Config.from_json({mini!r}), np.random.default_rng(0).integers(0, 3000, 20_000).astype(np.uint16), run)
+for _ in range(3):
+    trainer.step()
+print(peak_megabytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 16, 32])
+def test_the_plan_is_what_a_run_takes(rows):
+    source = PEAK.format(root=str(Path(__file__).parent.parent), mini=str(MINI), rows=rows)
+    found = float(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout) * 1e6
+    planned = sum(recipe.training_bytes(k2.K2Config.from_json(MINI), Run(steps=9, rows=rows)).values())
+    assert 0.8 < found / planned < 1.15, f"{found / 1e6:.0f} MB taken, {planned / 1e6:.0f} MB planned"
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -37,15 +37,16 @@ def training_bytes(config: K2Config, run: Run, dtype=torch.float32) -> dict[str,
     count, width = sum(map(math.prod, shapes)), dtype.itemsize
     tables = 2 * config.vocab_size * config.hidden_size
     D, F, K, H = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok + config.n_shared_experts, config.num_attention_heads
-    per_layer = 14 * D + 3 * H * (config.qk_head_dim + config.v_head_dim) + K * (4 * F + 3 * D)  # numbers kept per token for the way back
+    # Kept per token for the way back: the residual stream and its norms; queries, keys, values; each expert's inside.
+    per_layer = 10 * D + H * (3 * config.qk_head_dim + 2 * config.v_head_dim) + K * (4 * F + 2 * D)
     tokens = run.rows * run.window
     return {
         "weights": count * width,
         "gradients": count * width,
-        "float32 masters": count * 4,
+        "float32 masters": count * 4 if dtype != torch.float32 else 0,  # float32 weights are their own
         "momenta": count * 4,
         "second moments": tables * 4,
-        "activations": tokens * (config.num_hidden_layers * per_layer * width + 4 * config.vocab_size * 4),
+        "activations": tokens * (config.num_hidden_layers * per_layer + 2 * D) * width + 2 * 256 * config.vocab_size * 4,  # logits: a block of HeadLoss
     }
 
 

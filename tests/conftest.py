@@ -6,6 +6,7 @@ axes, T must be one size throughout the function, and D must be the config's hid
 
 import contextlib
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from k2 import config as k2_config  # noqa: E402  (the path comes first)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and one gives the same bits everywhere
 
 MODEL_PATH = {f"test_{stem}" for stem in "norm rope embedding kv_cache attention router expert moe decoder model reference quantization properties".split()}

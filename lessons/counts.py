@@ -96,3 +96,10 @@ def full_cache_numbers(c: K2Config) -> int:
 def widths(c: K2Config, layer: int) -> dict[str, int]:
     """The feed-forwards of a layer and their widths."""
     return feed_forward_widths(c, layer)
+
+
+def special_names() -> dict[int, str]:
+    """K2-Instruct's named special tokens, as offsets behind the ranks."""
+    from k2.tokenizer import SPECIAL_NAMES
+
+    return SPECIAL_NAMES

@@ -59,6 +59,8 @@ for some years the children were told to read from them aloud, until the teacher
 by heart. It is said that the last entry was made by another hand. It has no date, and it says that the light was lit on
 time, that the wind came from the west, and that there was nothing else to tell of the day."""
 
+LONG = (ROOT / "lessons" / "sample.txt").read_text(encoding="utf-8")  # a day's k2/tokenizer.py, kept as it was: 1,025 tokens
+
 
 @functools.cache
 def mini():
@@ -87,6 +89,14 @@ def bits_per_byte(model, text: str = CODE) -> float:
     ids_T = ids(text)
     nats = F.cross_entropy(model(ids_T[:-1]).float(), ids_T[1:], reduction="sum").item()
     return nats / 0.6931471805599453 / len(text.encode())
+
+
+@torch.inference_mode()
+def loss_by_place(model, parts: int = 4) -> list[float]:
+    """Mean loss in nats a token of LONG, for each quarter of its 1,024 predictions."""
+    ids_T = ids(LONG)
+    nats_T = F.cross_entropy(model(ids_T[:-1]).float(), ids_T[1:], reduction="none")
+    return [round(part.mean().item(), 2) for part in nats_T.chunk(parts)]
 
 
 def broken(mistake: str, measure=None):

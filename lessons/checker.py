@@ -37,7 +37,7 @@ MODEL_PATH = "quantization norm rope embedding kv_cache attention router expert 
 NOT_YET = frozenset(
     f"k2/{file}.py::{symbol}"
     for file, symbols in {
-        "attention": "DirectQueryAttention.add_query_projections DirectQueryAttention.project_queries MultiHeadLatentAttention.absorbed MultiHeadLatentAttention.add_query_projections MultiHeadLatentAttention.expanded MultiHeadLatentAttention.forward MultiHeadLatentAttention.latents MultiHeadLatentAttention.project_queries MultiHeadLatentAttention.queries MultiHeadLatentAttention.up_projections ScaledDotProduct.forward causal_mask",
+        "attention": "MultiHeadLatentAttention.absorbed MultiHeadLatentAttention.up_projections",
         "embedding": "OutputHead.forward",
         "expert": "Expert.forward",
         "generation": "continuation decode generate prefill",
@@ -265,7 +265,7 @@ def number_problems(blocks: list[Block], prose: list[str]) -> list[tuple[int, st
                 absent = [v for v in values if not any(re.search(rf"(?<![\w.,]){re.escape(s)}(?!\w|[.,]\d)", visible) for s in spellings(v))]
                 found += [(start + offset, f"check: {expression}: {absent[0]} is not in the paragraph")] if absent else []
         if "(source:" not in text:
-            plain = re.sub(r"`[^`]*`|!\[[^\]]*\]|\]\([^)]*\)|arXiv [\d.]+", "", visible)
+            plain = re.sub(r"`[^`]*`|!\[[^\]]*\]|\]\([^)]*\)|arXiv [\d.]+|[Ss]ections? [\d.]+", "", visible)
             for number in NUMBER.findall(plain):
                 bare = number.replace(",", "").rstrip(".")
                 if len(bare) >= 4 or "." in bare:

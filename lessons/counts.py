@@ -103,3 +103,15 @@ def special_names() -> dict[int, str]:
     from k2.tokenizer import SPECIAL_NAMES
 
     return SPECIAL_NAMES
+
+
+def expanded_flops(c: K2Config, T: int, S: int) -> int:
+    """A layer's attention from latents to mixed values, all keys and values made first: two operations a product."""
+    H, N, V = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
+    return 2 * (S * c.kv_lora_rank * H * (N + V) + H * T * S * (c.qk_head_dim + V))
+
+
+def absorbed_flops(c: K2Config, T: int, S: int) -> int:
+    """The same with W^UK moved to the query's side and W^UV behind the sum."""
+    H, C = c.num_attention_heads, c.kv_lora_rank
+    return 2 * (H * T * c.qk_nope_head_dim * C + H * T * S * (C + c.qk_rope_head_dim) + H * T * S * C + H * T * C * c.v_head_dim)

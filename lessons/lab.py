@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -84,11 +86,19 @@ def ids(text: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def bits_per_byte(model, text: str = CODE) -> float:
-    """How many bits a model needs for a byte of a text, the first token not counted: less is better, 8 is no model."""
+def bits_per_byte(model, text: str = CODE, chunk: int | None = None) -> float:
+    """How many bits a model needs for a byte of a text, the first token not counted: less is better, 8 is no model.
+
+    Read in one go, or with a cache and `chunk` tokens a call, which must come to the same.
+    """
     ids_T = ids(text)
-    nats = F.cross_entropy(model(ids_T[:-1]).float(), ids_T[1:], reduction="sum").item()
-    return nats / 0.6931471805599453 / len(text.encode())
+    if chunk is None:
+        logits_TW = model(ids_T[:-1])
+    else:
+        cache = sys.modules[type(model).__module__].LatentCache(model.config)
+        logits_TW = torch.cat([model(part_T, cache) for part_T in ids_T[:-1].split(chunk)])
+    nats = F.cross_entropy(logits_TW.float(), ids_T[1:], reduction="sum").item()
+    return nats / math.log(2) / len(text.encode())
 
 
 @torch.inference_mode()
@@ -113,9 +123,9 @@ def broken(mistake: str, measure=None):
             return (measure or mini_bits)(package)
 
 
-def mini_bits(package) -> float:
+def mini_bits(package, chunk: int | None = None) -> float:
     """bits_per_byte of K2-mini as this k2 computes it."""
-    return bits_per_byte(package.load(ROOT / "k2" / "mini", dtype=torch.float32))
+    return bits_per_byte(package.load(ROOT / "k2" / "mini", dtype=torch.float32), chunk=chunk)
 
 
 def small(seed: int = 0):

@@ -123,9 +123,9 @@ def broken(mistake: str, measure=None):
             return (measure or mini_bits)(package)
 
 
-def mini_bits(package, chunk: int | None = None) -> float:
+def mini_bits(package) -> float:
     """bits_per_byte of K2-mini as this k2 computes it."""
-    return bits_per_byte(package.load(ROOT / "k2" / "mini", dtype=torch.float32), chunk=chunk)
+    return bits_per_byte(package.load(ROOT / "k2" / "mini", dtype=torch.float32))
 
 
 def small(seed: int = 0):

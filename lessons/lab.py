@@ -109,6 +109,7 @@ def loss_by_place(model, parts: int = 4) -> list[float]:
     return [round(part.mean().item(), 2) for part in nats_T.chunk(parts)]
 
 
+@functools.cache
 def broken(mistake: str, measure=None):
     """What `measure(k2)` gives where the package k2 has the named mistake of tests/mutants.py in it; by default how many
     bits per byte K2-mini then needs for CODE. Nothing outside sees the broken package."""

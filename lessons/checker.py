@@ -42,7 +42,6 @@ NOT_YET = frozenset(
         "model": "Body.forward K2.checked K2.forward",
         "moe": "Experts.fetch MoE.checked MoE.forward resident_experts",
         "quantization": "FP8Linear.forward INT4Linear.forward fp8_dequantize fp8_quantize fp8_values int4_dequantize int4_quantize int4_unpack nibble_shifts",
-        "router": "Router.forward Router.scores",
         "sampling": "Sampler.__call__",
     }.items()
     for symbol in symbols.split()

@@ -136,3 +136,15 @@ def small(seed: int = 0):
 
         config = tests.small_config()
         return config, tests.random_model(config, seed, torch.float64)
+
+
+@torch.inference_mode()
+def routes(text: str, model=None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """{layer: (expert ids (T, K), weights (T, K))} that K2-mini's routers give for a text."""
+    model, found = model or mini(), {}
+    gates = {layer.mlp.gate: i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+    hooks = [gate.register_forward_hook(lambda gate, _, result: found.update({gates[gate]: result})) for gate in gates]
+    model(ids(text))
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -40,7 +40,6 @@ NOT_YET = frozenset(
         "embedding": "OutputHead.forward",
         "generation": "continuation decode generate prefill",
         "model": "Body.forward K2.checked K2.forward",
-        "moe": "Experts.fetch MoE.checked MoE.forward resident_experts",
         "quantization": "FP8Linear.forward INT4Linear.forward fp8_dequantize fp8_quantize fp8_values int4_dequantize int4_quantize int4_unpack nibble_shifts",
         "sampling": "Sampler.__call__",
     }.items()

@@ -1,0 +1,83 @@
+"""python -m lessons COMMAND: the exercises, and the upkeep of the lessons.
+
+    status         which exercises are done
+    check 07       judge lessons/work/07_*.py; the first call puts it there
+    hint 07        one step further
+    solution 07    the answer
+    hunt 1         run the first broken model
+    table          write the table in lessons/README.md again
+    draw [NAME]    draw the figures again
+    verify [07]    check a lesson, or all, as the tests do
+"""
+
+import sys
+
+from . import checker, practice
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; 0, or 1 where an answer or a lesson is wrong, or 2 for a command that does not exist."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command not in COMMANDS:
+        print(__doc__.strip(), file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](*rest) or 0
+    except (LookupError, TypeError) as error:
+        print(f"error: {error}\n\n{__doc__.strip()}", file=sys.stderr)
+        return 2
+
+
+def run_status():
+    """One line an exercise."""
+    print("\n".join(practice.status()))
+
+
+def run_check(number: str) -> int:
+    """Judge the reader's copy."""
+    path = practice.find(number)
+    copy = practice.copy_of(path)
+    said = practice.verdict_of_copy(path)
+    print(f"{copy.relative_to(checker.ROOT)}: {f'not yet: {said}' if said else 'right'}")
+    return int(bool(said))
+
+
+def run_hint(number: str):
+    """One step further."""
+    print(practice.module_from(practice.find(number)).HINT)
+
+
+def run_solution(number: str):
+    """The answer."""
+    print(practice.solution(practice.find(number)), end="")
+
+
+def run_table():
+    """Write the table again."""
+    path = checker.HERE / "README.md"
+    path.write_text(checker.with_table(checker.read_text(path)), encoding="utf-8")
+
+
+def run_draw(name: str = ""):
+    """Draw one figure or all again."""
+    from .figures import draw
+
+    for script in sorted((checker.HERE / "figures").glob("[a-z]*.py")):
+        if script.stem == name or not name:
+            draw(checker.figure_script(script.stem), script.with_suffix(".png"))
+            print(script.with_suffix(".png").relative_to(checker.ROOT))
+
+
+def run_verify(number: str = "") -> int:
+    """What the tests check, for one lesson or all."""
+    chosen = [path for path in checker.lessons() if not number or path.stem[:2] == number.zfill(2)]
+    problems = [p for path in chosen for p in checker.check(path)] + ([] if number else checker.map_problems())
+    print("\n".join(problems) or f"{len(chosen)} lessons hold")
+    return int(bool(problems))
+
+
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "table": run_table, "draw": run_draw, "verify": run_verify}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from . import reference
+from .checkpoint import DTYPES, FORMATS
 from .config import K2Config, K2Error
 from .generation import generate
 from .offload import load, parse_size, store_of
 from .tokenizer import Tokenizer
 
 MINI = Path(__file__).parent / "mini"
-DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def main(arguments=None) -> int:
@@ -78,6 +78,7 @@ def add_generate(commands):
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU: faster tokens after some seconds of compiling")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -114,7 +115,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-NUMPY_TAKES = {"device": ("auto", "cpu"), "dtype": ("auto", "float32", "float64"), "gpu_memory": (None,), "ram": (None,), "temperature": (0.0,)}
+NUMPY_TAKES = {"device": ("auto", "cpu"), "dtype": ("auto", "float32", "float64"), "gpu_memory": (None,), "ram": (None,), "compile": (False,), "temperature": (0.0,)}
 
 
 def check_flags(options):
@@ -136,7 +137,7 @@ def run_generate(options):
     if options.backend == "numpy":
         model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram))
+        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), options.compile)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -291,28 +292,54 @@ def print_comparison(text: str, ids: list[int], tokenizer: Tokenizer):
 
 def add_bench(commands):
     """python -m k2 bench"""
-    sub = commands.add_parser("bench", help="speed beside transformers", description="Prefill and decode of one checkpoint, in turn with transformers.")
+    sub = commands.add_parser("bench", help="speed, and what the machine could move", description="Measure a checkpoint at one or more memory budgets beside this machine's ceilings; without DIR, K2-mini and a mid-size model beside transformers.")
+    sub.add_argument("directory", nargs="?", metavar="DIR", help="a checkpoint")
+    sub.add_argument("--ram", nargs="+", default=[None], metavar="SIZE", help="memory for the weights, one row of the table each (default: what is free)")
+    sub.add_argument("--gpu-memory", metavar="SIZE")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode")
+    sub.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
+    sub.add_argument("--new", type=int, default=32, metavar="N", help="tokens decoded (default: 32)")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
+    sub.add_argument("--json", action="store_true", help="all figures as JSON instead of a table")
+    sub.add_argument("--beside", action="store_true", help="DIR in turn with transformers instead")
     sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
-    sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each measured process runs")
+    sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
+    sub.add_argument("--format", default="fp8", choices=("bf16", "fp8", "int4"), help="with --write")
+    sub.add_argument("--layers", type=int, metavar="N", help="with --write: so many layers")
+    sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
+    sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
     sub.set_defaults(run=run_bench)
 
 
 def run_bench(options):
-    """The table, or one measurement of it."""
-    from . import bench
+    """The table, the comparison, or one measurement of either."""
+    from . import bench, beside, synthetic
     from .training import speed
 
+    for name in ("rounds", "prompt", "new"):
+        if getattr(options, name) < 1:
+            raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
     if options.child:
         engine, directory, *counts = options.child
-        measure = speed.child if engine in speed.ENGINES else bench.child
-        print(json.dumps(measure(engine, directory, *map(int, counts))))
-    elif options.rounds < 1:
-        raise K2Error(f"--rounds: found {options.rounds}; expected 1 or more.")
+        measured = speed.child(engine, directory, *map(int, counts)) if engine in speed.ENGINES else beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
+        print(json.dumps(measured))
     elif options.train:
         speed.compare(MINI, options.rounds)
+    elif options.directory is None:
+        beside.bench(MINI, rounds=options.rounds)
+    elif options.write:
+        instruct = K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json")
+        synthetic.write(synthetic.preset(options.write, instruct, options.layers), options.format, options.directory)
+    elif options.alone:
+        print(json.dumps(bench.alone(options.directory, json.loads(options.alone))))
+    elif options.beside:
+        beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
     else:
-        bench.bench(MINI, rounds=options.rounds)
+        settings = {"device": options.device, "dtype": options.dtype, "gpu_memory": parse_size(options.gpu_memory), "prompt": options.prompt, "new": options.new, "compiled": options.compile}
+        result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)
+        print(json.dumps(result) if options.json else bench.table(result))
 
 
 if __name__ == "__main__":

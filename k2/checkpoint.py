@@ -49,6 +49,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # a small checkpoint in one file has no index
 DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}  # as flags name them
 SCALE_LIMIT = 2.0**7  # see fp8_dequantize
 
 IGNORED_TENSORS = (

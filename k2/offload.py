@@ -33,6 +33,7 @@ from torch import nn
 from . import checkpoint as files
 from .ceilings import PAGE
 from .checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors, filled_model, resolved_dtypes
+from .compiled import with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
@@ -409,13 +410,13 @@ def parse_size(text: str | None) -> int | None:
         raise K2Error(f"size: found {text!r}; expected a number of bytes with or without a unit, such as 3GB.") from None
 
 
-def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2:
+def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, compiled: bool = False) -> K2:
     """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into the device's
     memory, and else with an expert store in their place.
 
     ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
-    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. Raises K2Error if
-    the non-routed weights and one expert do not fit.
+    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. `compiled` lets
+    torch.compile make the products of decode. Raises K2Error if the non-routed weights and one expert do not fit.
     """
     checkpoint, device = Checkpoint(directory), torch.device(device)
     if gpu_memory is not None and device.type == "cpu":
@@ -426,11 +427,13 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2
     on_gpu = device.type != "cpu"
     room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
     if routed + rest <= room:
-        return filled_model(checkpoint, device, dtype, files.resident_experts)
+        model = filled_model(checkpoint, device, dtype, files.resident_experts)
+        return with_compiled_products(model) if compiled else model
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
     store = ExpertStore(checkpoint, ram, device, room - rest, dtype=of_experts) if on_gpu else ExpertStore(checkpoint, ram - rest, dtype=of_experts)
-    return with_guesses(filled_model(checkpoint, device, dtype, store.layer))
+    model = with_guesses(filled_model(checkpoint, device, dtype, store.layer))
+    return with_compiled_products(model) if compiled else model
 
 
 def with_guesses(model: K2) -> K2:

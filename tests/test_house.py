@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
-ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic reading offload tokenizer
-    sampling generation bench training/muonclip training/corpus training/evaluation training/curves
+ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic reading compiled offload tokenizer
+    sampling generation bench beside training/muonclip training/corpus training/evaluation training/curves
     training/pretraining training/recipe training/facts training/experiments training/speed""".split()
 FACES = ("__init__", "__main__", "training/__init__")
 # Each third-party package and the files that may import it; torch and numpy are everywhere but where a test below says otherwise.
-HOMES = {"safetensors": ["checkpoint"], "tokenizers": ["tokenizer"], "transformers": ["bench", "training/speed"], "matplotlib": ["training/curves"]}
+HOMES = {"safetensors": ["checkpoint"], "tokenizers": ["tokenizer"], "transformers": ["beside", "training/speed"], "matplotlib": ["training/curves"]}
 # Tests of more than one module, or of none.
 OTHER_TESTS = """properties house command_line bad_input mini lessons released_layout mutants hostile_checkpoints
     oracle_transformers oracle_tiktoken""".split()
@@ -186,7 +186,7 @@ def test_every_test_file_has_its_module():
 
 
 def test_every_module_has_its_test_file():
-    needs_none = ("bench", "training/evaluation", "training/speed")  # they measure, and the figures they print are their proof
+    needs_none = ("training/evaluation", "training/speed")  # they measure, and the figures they print are their proof
     missing = [name for name in ORDER if name not in needs_none and not (ROOT / "tests" / f"test_{name.split('/')[-1]}.py").is_file()]
     assert not missing, f"no test file for {missing}"
 

@@ -27,7 +27,7 @@ def main(arguments=None) -> int:
         options = build_parser().parse_args(arguments)
         options.run(options)
     except K2Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -39,6 +39,11 @@ def main(arguments=None) -> int:
         print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def printable(error: K2Error) -> str:
+    """The error as one line that cannot steer a terminal, whatever names a hostile file put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:4000])
 
 
 def discard_output():

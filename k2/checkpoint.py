@@ -43,6 +43,15 @@ SINGLE = "model.safetensors"  # a small checkpoint in one file has no index
 DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SCALE_LIMIT = 2.0**7  # see fp8_dequantize
+# Every dtype that the container knows. K2's tensors use those above; a stranger's shard is judged by its bytes all the same.
+DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32), **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library; K2's are 315,000
+MOST_TENSORS = 500_000  # in one shard; all of K2-Thinking has 208,215
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+LONGEST_NAME = 500  # characters; the family's longest has 76
 
 IGNORED_TENSORS = (
     (re.compile(r"\.self_attn\.rotary_emb\.inv_freq$"), "a stale buffer of another head size (56 numbers where K2 has 32 pairs); the angles follow from config.json"),
@@ -142,28 +151,84 @@ def shard_names(config: K2Config, names, shards: int) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that the file is as long as it says."""
+    """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that it and the file's size agree."""
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise K2Error(f"{path}: expected a shard, found {'no regular file' if os.path.exists(path) else 'no file'}. Fetch this shard.")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(min(length, 100_000_000))
+            length = header_length(file.read(8), size, path)
+            raw = file.read(length)
     except OSError as error:
         raise K2Error(f"{path}: expected a shard, could not read it: {error.strerror}. Check its permissions and the disk.") from None
-    if size < 8 or len(raw) < length:
-        raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+    return parse_header(raw, size, path)
+
+
+def header_length(first: bytes, size: int, where) -> int:
+    """How long the header is, from a shard's first 8 bytes; `size` is the whole file's. Nothing is read on a lie's word."""
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or 8 + length > size:
+        raise K2Error(f"{where}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+    if length > LONGEST_HEADER:
+        raise K2Error(f"{where}: expected a header of at most {LONGEST_HEADER} bytes, found one of {length}. The shard is damaged: fetch it again.")
+    return length
+
+
+def parse_header(raw: bytes, size: int, where) -> dict[str, dict]:
+    """The header from its bytes, wherever they came from; `size` is the whole file's, `where` names it in errors.
+
+    safetensors' own rules, and the reader's caution: names are unique and of a line's length, shapes and offsets are
+    whole numbers, each tensor is as long as its dtype and shape say, and one follows the other without gap or overlap
+    from the header's end to the file's. Raises K2Error for the first that does not hold.
+    """
+    if max(raw.count(b"{"), raw.count(b"[") // 2) > MOST_TENSORS:  # before Python makes objects of them
+        raise K2Error(f"{where}: expected at most {MOST_TENSORS} tensors in a JSON header, found more. No shard of the family comes near: fetch it again.")
     try:
-        header = json.loads(raw, object_pairs_hook=without_repeats)
-        ends = [8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None
-    expected = max(ends, default=8 + length)
-    if size != expected:
-        raise K2Error(f"{path}: expected {expected} bytes by its header, found {size}. The shard is {'cut' if size < expected else 'too long'}: fetch it again.")
-    header.pop("__metadata__", None)
+        if raw[:1] != b"{" or SURROGATE.search(raw):  # half a character has no UTF-8, and Python's reader lets it pass
+            raise ValueError
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        twice = f" with {error}" if str(error).startswith("the key") else ""
+        raise K2Error(f"{where}: expected a JSON header of {len(raw)} bytes, found something else{twice}. The shard is damaged: fetch it again.") from None
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise K2Error(f"{where}: expected __metadata__ to map text to text in the JSON header, found {str(notes)[:80]}. The shard is damaged: fetch it again.")
+    for name, entry in header.items():
+        check_entry(name, entry, where)
+    check_offsets(header, 8 + len(raw), size, where)
     return header
+
+
+def check_entry(name: str, entry, where):
+    """A tensor's entry in a header: its keys, their types, and as many bytes as its dtype and shape say."""
+    damaged = "The shard is damaged: fetch it again."
+    if len(name) > LONGEST_NAME:
+        raise K2Error(f"{where}: expected tensor names of at most {LONGEST_NAME} characters, found {name[:40]!r}... of {len(name)}. {damaged}")
+    if not isinstance(entry, dict) or not all(whole_numbers(entry.get(key)) for key in ("shape", "data_offsets")) or len(entry["data_offsets"]) != 2:
+        raise K2Error(f"{where}: {name}: expected dtype, shape and two data_offsets, whole numbers from 0, found {str(entry)[:120]}. {damaged}")
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPE_BITS:
+        raise K2Error(f"{where}: {name}: dtype is {str(entry.get('dtype'))[:40]}; expected one that safetensors has. {damaged}")
+    begin, end = entry["data_offsets"]
+    bits = math.prod(entry["shape"]) * DTYPE_BITS[entry["dtype"]]
+    if (end - begin) * 8 != bits:
+        raise K2Error(f"{where}: {name}: expected {-(-bits // 8)} bytes by its dtype and shape, found data_offsets {entry['data_offsets']}. {damaged}")
+
+
+def whole_numbers(values) -> bool:
+    """Whether it is a list of ints from 0 that fit into 64 bits; True and 1.0 are none."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
+
+
+def check_offsets(header: dict, start: int, size: int, where):
+    """The tensors must cover the file of `size` bytes from the header's end at `start`, without a hole and without an overlap."""
+    reached = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != reached:
+            raise K2Error(f"{where}: {name}: expected data_offsets from {reached}, where the tensor before ends, found {begin}. The shard is damaged: fetch it again.")
+        reached = end
+    if start + reached != size:
+        raise K2Error(f"{where}: expected {start + reached} bytes by its header, found {size}. The shard is {'cut' if size < start + reached else 'too long'}: fetch it again.")
 
 
 class Checkpoint:

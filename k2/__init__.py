@@ -3,7 +3,7 @@
     config      what the model is, and the axis legend
     reference   the whole model in numpy: the specification
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
-    quantization, checkpoint, offload                                                  the weights
+    quantization, ceilings, checkpoint, offload                                        the weights
     tokenizer, sampling, generation                                                    text in, text out
     training/muonclip, training/corpus, training/pretraining                           making weights
 

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint as files
+from .ceilings import PAGE, open_direct
 from .checkpoint import DTYPE_NAMES, Checkpoint, compute_dtype, expected_tensors, filled_model
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
 from .quantization import NIBBLES
 
-PAGE = 4096  # direct reads want file offsets, lengths and addresses in whole pages
 PARTS = ("gate_proj", "up_proj", "down_proj")
 Key = tuple[int, int]  # layer, expert
 
@@ -130,14 +130,6 @@ class Shards:
         """Close all files."""
         for descriptor in self.open.values():
             os.close(descriptor)
-
-
-def open_direct(path) -> int:
-    """A file descriptor that reads past the page cache, or a plain one where there is no such thing (tmpfs, macOS)."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        return os.open(path, os.O_RDONLY)
 
 
 def data_start(path: Path) -> int:

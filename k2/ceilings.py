@@ -1,0 +1,111 @@
+"""What this machine can move: bytes a second from RAM, from the disk, over the bus to a GPU, and from the GPU's own memory.
+
+Decode reads every active weight once a token, so tokens a second are at most bytes a second over bytes a token: these
+four numbers are the roofline. They are measured, since data sheets promise what a shared machine does not keep, and
+each is the best of a few short bursts, since a ceiling is what the hardware reached at least once.
+"""
+
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .config import K2Error
+
+BURST = 2**29  # bytes a measurement of memory reads: far larger than any cache
+BLOCK = 2**24  # bytes a read from disk, as large as an expert
+PAGE = 4096  # direct reads want file offsets, lengths and addresses in whole pages
+
+
+def best_rate(move, size: int, rounds: int = 5) -> float:
+    """Bytes a second of the fastest of a few calls of `move`, which moves `size` bytes."""
+    fastest = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        move()
+        fastest = min(fastest, time.perf_counter() - started)
+    return size / fastest
+
+
+def ram_bandwidth(size: int = BURST) -> float:
+    """Bytes a second that all of torch's threads together read from RAM: a maximum over `size` bytes, nothing kept."""
+    values = torch.ones(size // 4)
+    return best_rate(values.amax, size)
+
+
+def disk_bandwidth(path, size: int = BURST, readers=(1, 2, 4)) -> float:
+    """Bytes a second of cold reads of 16 MiB from the files at `path` (a file, or a checkpoint's folder), past the page
+    cache where the file system allows it; the best of a few numbers of threads.
+
+    The blocks are drawn at random and none is read twice in one burst. Raises K2Error where there is too little to read.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    blocks = [(file, begin) for file in files for begin in range(0, file.stat().st_size - BLOCK + 1, BLOCK)]
+    if not blocks:
+        raise K2Error(f"{path}: too small to measure the disk with; expected at least {BLOCK:,} bytes. Name a larger file.")
+    descriptors = {file: open_direct(file) for file in files}
+    try:
+        return max(burst_rate(descriptors, blocks, size, threads) for threads in readers)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def burst_rate(descriptors: dict, blocks: list, size: int, threads: int) -> float:
+    """Bytes a second of one burst of random blocks, by so many threads."""
+    chosen = random.sample(blocks, min(len(blocks), max(threads, size // BLOCK)))
+    for descriptor in descriptors.values():
+        drop_pages(descriptor)
+    rooms = [aligned_bytes(BLOCK) for _ in range(threads)]
+    shares = [chosen[i::threads] for i in range(threads)]
+
+    def read_all(room, share):
+        for file, begin in share:
+            os.preadv(descriptors[file], [room], begin)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return best_rate(lambda: list(pool.map(read_all, rooms, shares)), len(chosen) * BLOCK, rounds=1)
+
+
+def aligned_bytes(size: int) -> memoryview:
+    """Memory that starts at a page, already touched."""
+    room = torch.zeros(size + PAGE, dtype=torch.uint8)
+    return memoryview(room[-room.data_ptr() % PAGE :][:size].numpy())
+
+
+def open_direct(path) -> int:
+    """A file descriptor that reads past the page cache, or a plain one where there is no such thing (tmpfs, macOS)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return os.open(path, os.O_RDONLY)
+
+
+def drop_pages(descriptor: int):
+    """Ask the system to forget what it cached of a file; a wish, and unknown outside Linux."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bus_bandwidth(device: torch.device, size: int = BURST) -> float:
+    """Bytes a second from pinned RAM to a GPU."""
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty_like(source, device=device)
+    return best_rate(lambda: finished(device, target.copy_(source, non_blocking=True)), size)
+
+
+def device_bandwidth(device: torch.device, size: int = 2 * BURST) -> float:
+    """Bytes a second that a GPU reads from its own memory."""
+    values = torch.ones(size // 4, device=device)
+    return best_rate(lambda: finished(device, values.amax()), size, rounds=10)
+
+
+def finished(device: torch.device, result):
+    """The result, once the device's queue is empty: a GPU returns from a call before it has done the work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result

@@ -59,6 +59,11 @@ IGNORED_TENSORS = (
 )
 
 
+def reason_to_ignore(name: str) -> str | None:
+    """Why a tensor of this name is left alone; None for one that is used or unknown."""
+    return next((why for pattern, why in IGNORED_TENSORS if pattern.search(name)), None)
+
+
 class Spec(NamedTuple):
     """What a tensor must be: its dtypes as safetensors spells them (the first is what we write), and its shape."""
 
@@ -231,48 +236,69 @@ def check_offsets(header: dict, start: int, size: int, where):
         raise K2Error(f"{where}: expected {start + reached} bytes by its header, found {size}. The shard is {'cut' if size < start + reached else 'too long'}: fetch it again.")
 
 
-class Checkpoint:
-    """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps."""
+def read_index(directory: Path) -> dict[str, str]:
+    """{tensor: file}, from the index, or from the one file of a checkpoint without an index."""
+    path = directory / INDEX
+    if not path.exists() and (directory / SINGLE).exists():
+        return dict.fromkeys(read_header(directory / SINGLE), SINGLE)
+    return parse_index(read_json_object(path), path)
 
-    def __init__(self, directory):
+
+def parse_index(index: dict, where) -> dict[str, str]:
+    """The index's weight_map, its files' names checked before anything is opened; `where` names it in errors."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise K2Error(f"{where}: expected weight_map to map tensors to files, found {type(weight_map).__name__}. Fetch the index again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise K2Error(f"{where}: weight_map[{name}] is {file!r}; expected the name of a .safetensors file in this folder. Fetch the index again.")
+    return weight_map
+
+
+def first_layers(config: K2Config, weight_map: dict[str, str], count: int) -> tuple[K2Config, dict[str, str]]:
+    """The config and the index of a model that ends after `count` layers; embedding, last norm and head stay."""
+    if not 1 <= count <= config.num_hidden_layers:
+        raise K2Error(f"layers: expected 1 to {config.num_hidden_layers} of them, found {count}. Name the first and the last, such as 0-3.")
+    found = {name: re.search(r"layers\.(\d{1,4})\.", name) for name in weight_map}
+    kept = {name: file for name, file in weight_map.items() if found[name] is None or int(found[name][1]) < count}
+    return replace(config, num_hidden_layers=count), kept
+
+
+class Checkpoint:
+    """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps.
+
+    With `layers` it is the model of that many first layers, and no shard that holds only later ones is opened. With
+    `partial` tensors may be missing: what is there must still be as config.json implies.
+    """
+
+    def __init__(self, directory, layers: int | None = None, partial: bool = False):
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise K2Error(f"{self.directory}: expected a checkpoint directory, found {'something else' if self.directory.exists() else 'nothing'}. Give the folder that holds config.json.")
         self.config = K2Config.from_json(self.directory)
-        self.weight_map = self._read_index()
+        index = self.weight_map = read_index(self.directory)
+        if layers is not None:
+            self.config, self.weight_map = first_layers(self.config, index, layers)
         self.headers = {file: read_header(self.directory / file) for file in sorted(set(self.weight_map.values()))}
-        self._cross_check()
-        self.ignored = self._account_for_every_tensor()
+        self._cross_check(index)
+        self.ignored = self._account_for_every_tensor(partial)
         self._shards = {file: self._map(file) for file in self.headers}
 
-    def _read_index(self) -> dict[str, str]:
-        """{tensor: file}, from the index, or from the one file of a checkpoint without an index."""
-        path = self.directory / INDEX
-        if not path.exists() and (self.directory / SINGLE).exists():
-            return dict.fromkeys(read_header(self.directory / SINGLE), SINGLE)
-        weight_map = read_json_object(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise K2Error(f"{path}: expected weight_map to map tensors to files, found {type(weight_map).__name__}. Fetch the index again.")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise K2Error(f"{path}: weight_map[{name}] is {file!r}; expected the name of a .safetensors file in this folder. Fetch the index again.")
-        return weight_map
-
-    def _cross_check(self):
+    def _cross_check(self, index: dict[str, str]):
         """The index and the headers must tell one story."""
         for name, file in self.weight_map.items():
             if name not in self.headers[file]:
                 raise K2Error(f"{self.directory / file}: expected {name}, which the index places here; the header lacks it. Index and shards are not of one checkpoint.")
         for file, header in self.headers.items():
             for name in header:
-                if self.weight_map.get(name) != file:
-                    raise K2Error(f"{self.directory / file}: holds {name}, which the index places in {self.weight_map.get(name, 'no file')}. Index and shards are not of one checkpoint.")
+                if index.get(name) != file:
+                    raise K2Error(f"{self.directory / file}: holds {name}, which the index places in {index.get(name, 'no file')}. Index and shards are not of one checkpoint.")
 
-    def _account_for_every_tensor(self) -> dict[str, str]:
+    def _account_for_every_tensor(self, partial: bool) -> dict[str, str]:
         """Each tensor is as the config implies, or ignored: returns {ignored tensor: reason}."""
         expected, ignored = expected_tensors(self.config), {}
         for name, file in self.weight_map.items():
-            reason = next((why for pattern, why in IGNORED_TENSORS if pattern.search(name)), None)
+            reason = reason_to_ignore(name)
             if reason:
                 ignored[name] = reason
             elif name not in expected:
@@ -280,8 +306,8 @@ class Checkpoint:
             else:
                 self._check_tensor(name, file, expected[name])
         for name in expected:
-            if name not in self.weight_map:
-                raise K2Error(f"{self.directory}: tensor {name} is missing; config.json implies it. Is the checkpoint whole, and config.json its own?")
+            if name not in self.weight_map and not partial:
+                raise K2Error(f"{self.directory}: tensor {name} is missing; config.json implies it. Is the checkpoint whole, and config.json its own? A part of one runs with --layers 0-N.")
         return ignored
 
     def _check_tensor(self, name: str, file: str, spec: Spec):
@@ -325,15 +351,16 @@ def compute_dtype(config: K2Config, dtype, device: torch.device):
     return torch.float32 if device.type == "cpu" and weights * 4 <= SMALL else None
 
 
-def load(directory, device="cpu", dtype="auto") -> K2:
+def load(directory, device="cpu", dtype="auto", layers: int | None = None) -> K2:
     """A model with a checkpoint's weights, all experts in it, ready to run (eval mode, no gradients).
 
     dtype None keeps the stored format at rest and computes in the checkpoint's torch_dtype; a torch dtype dequantises
     and casts at load; "auto" takes whichever serves the device (see compute_dtype). The non-routed weights are read
     and checked for NaN now; routed experts stay in the map until they are asked for, if they need no cast. The
-    embedding stays in the map on the CPU. Raises K2Error for whatever is wrong with the files.
+    embedding stays in the map on the CPU. With `layers` only that many first layers are taken, and the shards of the
+    others need not be there. Raises K2Error for whatever is wrong with the files.
     """
-    return filled_model(Checkpoint(directory), torch.device(device), dtype, resident_experts)
+    return filled_model(Checkpoint(directory, layers), torch.device(device), dtype, resident_experts)
 
 
 def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_experts) -> K2:
@@ -341,13 +368,18 @@ def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_exper
     dtype = compute_dtype(checkpoint.config, dtype, device)
     with torch.device("meta"):
         model = K2(checkpoint.config, make_experts)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not isinstance(module, OutputHead):
+    return filled(checkpoint, "", model, dtype, device)
+
+
+def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device: torch.device):
+    """A module made on the meta device, given the checkpoint's weights under its prefix ("model.layers.1."), ready to run."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear) and not isinstance(child, OutputHead):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, linear_from(checkpoint, name, dtype, device))
+            setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, dtype, device))
         else:
-            fill_tensors(checkpoint, name, module, dtype, device)
-    return model.eval().requires_grad_(False)
+            fill_tensors(checkpoint, prefix + name, child, dtype, device)
+    return module.eval().requires_grad_(False)
 
 
 def linear_from(checkpoint: Checkpoint, name: str, dtype, device, get=None) -> nn.Module:
@@ -391,7 +423,7 @@ def plain_linear(weight_OI, device) -> nn.Linear:
 def fill_tensors(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device):
     """Give a module its own vectors and tables (norms, router, embedding, head), not those of its children."""
     for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        full = f"{prefix}.{name}"
+        full = f"{prefix.rstrip('.')}.{name}"
         values = checkpoint.finite(full)
         if name == "e_score_correction_bias":
             module.register_buffer(name, values.float().to(device))

@@ -397,15 +397,15 @@ def parse_size(text: str | None) -> int | None:
         raise K2Error(f"size: found {text!r}; expected a number of bytes with or without a unit, such as 3GB.") from None
 
 
-def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None) -> K2:
+def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layers: int | None = None) -> K2:
     """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into the device's
     memory, and else with an expert store in their place.
 
     ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
     there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. Raises K2Error if
-    the non-routed weights and one expert do not fit.
+    the non-routed weights and one expert do not fit. With `layers` it is the model of that many first layers.
     """
-    checkpoint, device = Checkpoint(directory), torch.device(device)
+    checkpoint, device = Checkpoint(directory, layers), torch.device(device)
     if gpu_memory is not None and device.type == "cpu":
         raise K2Error("--gpu-memory: set for a model on the CPU; expected a GPU. Use --ram, or --device cuda.")
     dtype = compute_dtype(checkpoint.config, dtype, device)

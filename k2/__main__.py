@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_experiment(commands)
     add_evaluate(commands)
     add_bench(commands)
+    add_inspect(commands)
     return parser
 
 
@@ -175,6 +176,35 @@ def stream(new_ids, tokenizer: Tokenizer):
         first = times[1] - times[0] if len(times) > 1 else 0.0
         rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
         print(f"{len(times) - 1} tokens; the first after {first:.2f} s{rate}", file=sys.stderr)
+
+
+def add_inspect(commands):
+    """python -m k2 inspect"""
+    sub = commands.add_parser("inspect", help="the tensors of a checkpoint, here or on the hub", description="List a checkpoint's tensors and compare them with its config; only headers are read.")
+    sub.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint directory, or a repository such as moonshotai/Kimi-K2-Instruct (about 31 MB are read)")
+    sub.add_argument("patterns", nargs="*", metavar="PATTERN", help="names of tensors, with * and ?; without one a table of kinds")
+    sub.add_argument("--statistics", action="store_true", help="also what the numbers are like; reads the tensors")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(run=run_inspect)
+
+
+def run_inspect(options):
+    """The table on stdout; what is not as the config implies ends it with status 2."""
+    from . import inspection
+    from .checkpoint import Checkpoint
+    from .part import part_of
+
+    layout, part = inspection.local_layout(options.model), part_of(options.model)
+    inspection.check(options.model, layout, part)
+    chosen = inspection.rows(layout, options.patterns)
+    if options.json:
+        print(inspection.as_json(layout, chosen))
+    elif options.statistics:
+        checkpoint = Checkpoint(options.model, partial=True)
+        for row, line in zip(chosen, inspection.table(chosen)):
+            print(f"{line}\n    {inspection.statistics(checkpoint, row)}")
+    else:
+        print("\n".join(inspection.table(chosen) if options.patterns else inspection.summary(layout, part)))
 
 
 def add_train(commands):

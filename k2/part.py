@@ -28,7 +28,7 @@ KINDS = {  # kind: the names' part behind "model.layers.N." or, where there is n
     "expert": r"mlp\.experts\.",
     "head": r"model\.norm\.|lm_head\.",
 }
-LAYER = re.compile(r"^(?:language_model\.)?model\.layers\.(\d{1,4})\.(.*)$")
+LAYER = re.compile(r"^(?:language_model\.)?model\.layers\.(\d{1,4})\.(?:mlp\.experts\.(\d{1,6})\.)?")
 
 
 class Place(NamedTuple):
@@ -42,10 +42,12 @@ class Place(NamedTuple):
 def place_of(name: str) -> Place:
     """A tensor's place, from its name; a stranger's kind is None."""
     found = LAYER.match(name)
-    rest = found[2] if found else name.removeprefix("language_model.")
+    layer, expert = found.groups() if found else (None, None)
+    if expert is not None:
+        return Place("expert", int(layer), int(expert))
+    rest = name[found.end() :] if found else name.removeprefix("language_model.")
     kind = next((kind for kind, pattern in KINDS.items() if re.match(pattern, rest)), None)
-    expert = re.match(r"mlp\.experts\.(\d{1,6})\.", rest)
-    return Place(kind, int(found[1]) if found else None, int(expert[1]) if expert else None)
+    return Place(kind, int(layer) if found else None, None)
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class Part:
 
     def takes(self, name: str) -> bool:
         """Whether a tensor of this name is chosen. What the code ignores is fetched only with the whole."""
+        if self.whole():
+            return True
         kind, layer, expert = place_of(name)
-        if self.whole() or kind is None or reason_to_ignore(name):
-            return self.whole()
+        if kind is None or (expert is None and reason_to_ignore(name)):
+            return False
         if self.experts is not None and expert is not None:
             return expert in self.experts.get(layer, ())
         if self.kinds is None and self.experts is not None and self.layers is None:

@@ -1,9 +1,10 @@
-"""Choosing a part of a checkpoint by names alone: K2-Instruct's 139,583, whose sums are known."""
+"""Choosing a part of a checkpoint by names alone: K2-Instruct's, whose sums are known."""
 
 import functools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4}
 
 
 @functools.cache
-def specs(name: str = "kimi-k2-instruct"):
-    return expected_tensors(k2.K2Config.from_json(CONFIGS / f"{name}.json"))
+def specs(name: str = "kimi-k2-instruct", layers: int = 4):
+    """The names of the first layers: the others repeat them."""
+    return expected_tensors(replace(k2.K2Config.from_json(CONFIGS / f"{name}.json"), num_hidden_layers=layers))
 
 
 def chosen(layers=None, experts=None, kinds=None, name="kimi-k2-instruct") -> list[str]:
@@ -122,10 +124,10 @@ def test_a_record_that_was_written_by_nobody_is_refused(tmp_path, raw):
 
 
 def layout() -> Layout:
-    """Moonlight's on paper, whole: its 5,000 tensors in one shard."""
+    """Moonlight's first four layers on paper, in one shard."""
     expected = specs("moonlight-16b-a3b-instruct")
     header = {name: {"dtype": spec.dtypes[0], "shape": list(spec.shape), "data_offsets": [0, 0]} for name, spec in expected.items()}
-    return Layout(k2.K2Config.from_json(CONFIGS / "moonlight-16b-a3b-instruct.json"), dict.fromkeys(expected, "s"), {"s": header})
+    return Layout(replace(k2.K2Config.from_json(CONFIGS / "moonlight-16b-a3b-instruct.json"), num_hidden_layers=4), dict.fromkeys(expected, "s"), {"s": header})
 
 
 def test_a_layout_that_is_as_the_config_implies_has_no_differences():
@@ -156,4 +158,4 @@ def test_what_a_part_leaves_out_is_no_difference():
     for name in list(small.weight_map):
         if not part.takes(name):
             del small.weight_map[name], small.headers["s"][name]
-    assert differences(small, part) == [] and len(differences(small, Part())) > 1000
+    assert differences(small, part) == [] and len(differences(small, Part())) > 500

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_bench(commands)
     add_inspect(commands)
+    add_plan(commands)
     return parser
 
 
@@ -205,6 +206,45 @@ def run_inspect(options):
             print(f"{line}\n    {inspection.statistics(checkpoint, row)}")
     else:
         print("\n".join(inspection.table(chosen) if options.patterns else inspection.summary(layout, part)))
+
+
+def add_plan(commands):
+    """python -m k2 plan"""
+    sub = commands.add_parser("plan", help="what a model needs and how fast it runs here, without weights or network",
+                              description="Plan a model on this machine, or on one given by flags. Sizes are bytes, such as 3GB; bandwidths are bytes a second. What is not given is measured.")  # fmt: skip
+    sub.add_argument("model", nargs="?", metavar="NAME_OR_PATH", help="instruct, instruct-0905, base, thinking, k2.5, moonlight, mini, or a config.json; without one the whole family")
+    for name in MACHINE:
+        sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
+    sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
+    sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
+    sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(run=run_plan)
+
+
+MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_bandwidth", "gpu_bandwidth")
+
+
+def run_plan(options):
+    """The plan on stdout, the next command last."""
+    from . import plan
+    from .machine import this_machine
+    from .needs import family_config
+
+    if options.context < 0 or (options.hits is not None and not 0 <= options.hits <= 1):
+        raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
+    config = family_config(options.model) if options.model else None
+    given = {name: parse_size(getattr(options, name)) for name in MACHINE}
+    machine = this_machine(Path(options.path), given)
+    plans = [plan.plan(options.model, config, machine, options.context, options.hits)] if config else plan.whole_family(machine, options.context, options.hits)
+    if options.json:
+        print(plan.as_json(plans, machine))
+    elif config:
+        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine)]))
+    else:
+        chosen = plan.best(plans)
+        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
+        print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
 
 
 def add_train(commands):

@@ -184,6 +184,7 @@ def add_inspect(commands):
     sub = commands.add_parser("inspect", help="the tensors of a checkpoint, here or on the hub", description="List a checkpoint's tensors and compare them with its config; only headers are read.")
     sub.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint directory, or a repository such as moonshotai/Kimi-K2-Instruct (about 31 MB are read)")
     sub.add_argument("patterns", nargs="*", metavar="PATTERN", help="names of tensors, with * and ?; without one a table of kinds")
+    sub.add_argument("--revision", default="main", help="of a repository: a branch, a tag or a commit")
     sub.add_argument("--statistics", action="store_true", help="also what the numbers are like; reads the tensors")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_inspect)
@@ -193,10 +194,12 @@ def run_inspect(options):
     """The table on stdout; what is not as the config implies ends it with status 2."""
     from . import inspection
     from .checkpoint import Checkpoint
-    from .part import part_of
+    from .part import check_layout
 
-    layout, part = inspection.local_layout(options.model), part_of(options.model)
-    inspection.check(options.model, layout, part)
+    if options.statistics and not os.path.isdir(options.model):
+        raise K2Error(f"{options.model}: --statistics reads the tensors; expected a checkpoint directory. Fetch it or a part of it with download_weights.py.")
+    layout, part = open_layout(options.model, options.revision)
+    check_layout(options.model, layout, part)
     chosen = inspection.rows(layout, options.patterns)
     if options.json:
         print(inspection.as_json(layout, chosen))
@@ -220,6 +223,22 @@ def add_plan(commands):
     sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_plan)
+
+
+def open_layout(model: str, revision: str):
+    """The layout of a folder's checkpoint and the part that it is, or those of a repository."""
+    from . import hub, inspection
+    from .needs import FAMILY
+    from .part import Part, part_of
+
+    name = (FAMILY.get(model) or (None, model))[1]
+    if os.path.exists(model) or name is None or not hub.REPOSITORY.fullmatch(name):
+        return inspection.local_layout(model), part_of(model)
+    client = hub.Hub()
+    repository = client.repository(name, revision)
+    layout, _ = hub.layout_of(client, repository, Part())
+    print(f"{repository.name} at {repository.commit}: {client.received:,} bytes read", file=sys.stderr)
+    return layout, Part()
 
 
 MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_bandwidth", "gpu_bandwidth")

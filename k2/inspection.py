@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint import Checkpoint, expected_tensors, read_header, read_index, reason_to_ignore
 from .config import K2Config, K2Error
-from .part import KINDS, Layout, Part, differences, place_of
+from .part import KINDS, Layout, Part, place_of
 from .quantization import int4_unpack
 
 CHUNK = 2**24  # numbers at a time: a statistic of K2's embedding must not need 5 GB
@@ -71,13 +71,6 @@ def summary(layout: Layout, part: Part) -> list[str]:
     wanted = sum(part.takes(name) for name in expected_tensors(layout.config))
     of = "" if part.whole() else f", which is a part of {len(expected_tensors(layout.config)):,}"
     return [*lines, f"as config.json implies: {wanted:,} tensors by name, dtype and shape{of}"]
-
-
-def check(where, layout: Layout, part: Part):
-    """Raise K2Error if a tensor is not as the config implies; it names the first and counts the others."""
-    found = differences(layout, part)
-    if found:
-        raise K2Error(f"{where}: {found[0]}; {len(found) - 1} more. Expected what config.json implies. Is it this checkpoint's own, and the checkpoint whole?")
 
 
 def table(chosen: list[Row]) -> list[str]:

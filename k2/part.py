@@ -189,3 +189,10 @@ def differences(layout: Layout, part: Part) -> list[str]:
     held = ((name, file) for file, header in layout.headers.items() for name in header)
     found += [f"{file}: holds {name}, which the index places in {layout.weight_map.get(name, 'no file')}" for name, file in held if layout.weight_map.get(name) != file]
     return found + [f"{name} is missing; config.json implies it" for name in expected if name not in layout.weight_map and part.takes(name)]
+
+
+def check_layout(where, layout: Layout, part: Part):
+    """Raise K2Error if a tensor is not as the config implies; it names the first and counts the others."""
+    found = differences(layout, part)
+    if found:
+        raise K2Error(f"{where}: {found[0]}; {len(found) - 1} more. Expected what config.json implies. Is it this checkpoint's own, and the checkpoint whole?")

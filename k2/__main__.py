@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import reference
-from .checkpoint import DTYPES, FORMATS
+from .checkpoint import DTYPES
 from .config import K2Config, K2Error
 from .generation import generate
 from .offload import load, parse_size, store_of
@@ -27,7 +27,7 @@ def main(arguments=None) -> int:
         options = build_parser().parse_args(arguments)
         options.run(options)
     except K2Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -39,6 +39,11 @@ def main(arguments=None) -> int:
         print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def printable(error: K2Error) -> str:
+    """The error as one line that cannot steer a terminal, whatever names a hostile file put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:4000])
 
 
 def discard_output():
@@ -64,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_experiment(commands)
     add_evaluate(commands)
     add_bench(commands)
+    add_inspect(commands)
+    add_plan(commands)
     return parser
 
 
@@ -137,7 +144,7 @@ def run_generate(options):
     if options.backend == "numpy":
         model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), options.compile)
+        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), compiled=options.compile)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -171,6 +178,93 @@ def stream(new_ids, tokenizer: Tokenizer):
         first = times[1] - times[0] if len(times) > 1 else 0.0
         rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
         print(f"{len(times) - 1} tokens; the first after {first:.2f} s{rate}", file=sys.stderr)
+
+
+def add_inspect(commands):
+    """python -m k2 inspect"""
+    sub = commands.add_parser("inspect", help="the tensors of a checkpoint, here or on the hub", description="List a checkpoint's tensors and compare them with its config; only headers are read.")
+    sub.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint directory, or a repository such as moonshotai/Kimi-K2-Instruct (about 31 MB are read)")
+    sub.add_argument("patterns", nargs="*", metavar="PATTERN", help="names of tensors, with * and ?; without one a table of kinds")
+    sub.add_argument("--revision", default="main", help="of a repository: a branch, a tag or a commit")
+    sub.add_argument("--statistics", action="store_true", help="also what the numbers are like; reads the tensors")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(run=run_inspect)
+
+
+def run_inspect(options):
+    """The table on stdout; what is not as the config implies ends it with status 2."""
+    from . import inspection
+    from .checkpoint import Checkpoint
+    from .part import check_layout
+
+    if options.statistics and not os.path.isdir(options.model):
+        raise K2Error(f"{options.model}: --statistics reads the tensors; expected a checkpoint directory. Fetch it or a part of it with download_weights.py.")
+    layout, part = open_layout(options.model, options.revision)
+    check_layout(options.model, layout, part)
+    chosen = inspection.rows(layout, options.patterns)
+    if options.json:
+        print(inspection.as_json(layout, chosen))
+    elif options.statistics:
+        checkpoint = Checkpoint(options.model, partial=True)
+        for row, line in zip(chosen, inspection.table(chosen)):
+            print(f"{line}\n    {inspection.statistics(checkpoint, row)}")
+    else:
+        print("\n".join(inspection.table(chosen) if options.patterns else inspection.summary(layout, part)))
+
+
+def add_plan(commands):
+    """python -m k2 plan"""
+    sub = commands.add_parser("plan", help="what a model needs and how fast it runs here, without weights or network",
+                              description="Plan a model on this machine, or on one given by flags. Sizes are bytes, such as 3GB; bandwidths are bytes a second. What is not given is measured.")  # fmt: skip
+    sub.add_argument("model", nargs="?", metavar="NAME_OR_PATH", help="instruct, instruct-0905, base, thinking, k2.5, moonlight, mini, or a config.json; without one the whole family")
+    for name in MACHINE:
+        sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
+    sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
+    sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
+    sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(run=run_plan)
+
+
+def open_layout(model: str, revision: str):
+    """The layout of a folder's checkpoint and the part that it is, or those of a repository."""
+    from . import hub, inspection
+    from .needs import FAMILY
+    from .part import Part, part_of
+
+    name = (FAMILY.get(model) or (None, model))[1]
+    if os.path.exists(model) or name is None or not hub.REPOSITORY.fullmatch(name):
+        return inspection.local_layout(model), part_of(model)
+    client = hub.Hub()
+    repository = client.repository(name, revision)
+    layout, _ = hub.layout_of(client, repository, Part())
+    print(f"{repository.name} at {repository.commit}: {client.received:,} bytes read", file=sys.stderr)
+    return layout, Part()
+
+
+MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_bandwidth", "gpu_bandwidth")
+
+
+def run_plan(options):
+    """The plan on stdout, the next command last."""
+    from . import plan
+    from .machine import this_machine
+    from .needs import family_config
+
+    if options.context < 0 or (options.hits is not None and not 0 <= options.hits <= 1):
+        raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
+    config = family_config(options.model) if options.model else None
+    given = {name: parse_size(getattr(options, name)) for name in MACHINE}
+    machine = this_machine(Path(options.path), given)
+    plans = [plan.plan(options.model, config, machine, options.context, options.hits)] if config else plan.whole_family(machine, options.context, options.hits)
+    if options.json:
+        print(plan.as_json(plans, machine))
+    elif config:
+        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine)]))
+    else:
+        chosen = plan.best(plans)
+        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
+        print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
 
 
 def add_train(commands):

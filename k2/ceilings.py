@@ -8,6 +8,7 @@ each is the best of a few short bursts, since a ceiling is what the hardware rea
 import ctypes
 import os
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ BURST = 2**29  # bytes a measurement of memory reads: far larger than any cache
 BLOCK = 2**24  # bytes a read from disk, as large as an expert
 PAGE = 4096  # direct reads want file offsets, lengths and addresses in whole pages
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+MADV_DONTNEED = 4  # mman.h
 
 
 def best_rate(move, size: int, rounds: int = 5) -> float:
@@ -123,6 +125,15 @@ def keep_freed_memory():
         return
     for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
         mallopt(parameter, value)
+
+
+def forget_pages(tensor):
+    """Let the process give back the pages of a tensor that lies in a file's map; a later use brings them again. Linux."""
+    size = tensor.numel() * tensor.element_size()
+    begin = -(-tensor.data_ptr() // PAGE) * PAGE
+    whole = (tensor.data_ptr() + size) // PAGE * PAGE - begin
+    if whole > 0 and tensor.device.type == "cpu" and sys.platform.startswith("linux"):
+        ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(begin), ctypes.c_size_t(whole), MADV_DONTNEED)
 
 
 def peak_megabytes() -> float:

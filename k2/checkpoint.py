@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .ceilings import keep_freed_memory
+from .ceilings import forget_pages, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
@@ -51,11 +51,25 @@ DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float3
 NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}  # as flags name them
 SCALE_LIMIT = 2.0**7  # see fp8_dequantize
+# Every dtype that the container knows. K2's tensors use those above; a stranger's shard is judged by its bytes all the same.
+DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32), **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library; K2's are 315,000
+MOST_TENSORS = 500_000  # in one shard; all of K2-Thinking has 208,215
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+LONGEST_NAME = 500  # characters; the family's longest has 76
 
 IGNORED_TENSORS = (
     (re.compile(r"\.self_attn\.rotary_emb\.inv_freq$"), "a stale buffer of another head size (56 numbers where K2 has 32 pairs); the angles follow from config.json"),
     (re.compile(r"^(vision_tower|mm_projector)\."), "the vision part of K2.5; this project runs the text part"),
 )
+
+
+def reason_to_ignore(name: str) -> str | None:
+    """Why a tensor of this name is left alone; None for one that is used or unknown."""
+    return next((why for pattern, why in IGNORED_TENSORS if pattern.search(name)), None)
 
 
 class Spec(NamedTuple):
@@ -150,72 +164,159 @@ def shard_names(config: K2Config, names, shards: int) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that the file is as long as it says."""
+    """A shard's header, {tensor: {dtype, shape, data_offsets}}, after checking that it and the file's size agree."""
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise K2Error(f"{path}: expected a shard, found {'no regular file' if os.path.exists(path) else 'no file'}. Fetch this shard.")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(min(length, 100_000_000))
+            length = header_length(file.read(8), size, path)
+            raw = file.read(length)
     except OSError as error:
         raise K2Error(f"{path}: expected a shard, could not read it: {error.strerror}. Check its permissions and the disk.") from None
-    if size < 8 or len(raw) < length:
-        raise K2Error(f"{path}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+    return parse_header(raw, size, path)
+
+
+def header_length(first: bytes, size: int, where) -> int:
+    """How long the header is, from a shard's first 8 bytes; `size` is the whole file's. Nothing is read on a lie's word."""
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or 8 + length > size:
+        raise K2Error(f"{where}: expected a header of {length} bytes behind the first 8, found a file of {size}. The shard is cut or damaged: fetch it again.")
+    if length > LONGEST_HEADER:
+        raise K2Error(f"{where}: expected a header of at most {LONGEST_HEADER} bytes, found one of {length}. The shard is damaged: fetch it again.")
+    return length
+
+
+def parse_header(raw: bytes, size: int, where) -> dict[str, dict]:
+    """The header from its bytes, wherever they came from; `size` is the whole file's, `where` names it in errors.
+
+    safetensors' own rules, and the reader's caution: names are unique and of a line's length, shapes and offsets are
+    whole numbers, each tensor is as long as its dtype and shape say, and one follows the other without gap or overlap
+    from the header's end to the file's. Raises K2Error for the first that does not hold.
+    """
+    if max(raw.count(b"{"), raw.count(b"[") // 2) > MOST_TENSORS:  # before Python makes objects of them
+        raise K2Error(f"{where}: expected at most {MOST_TENSORS} tensors in a JSON header, found more. No shard of the family comes near: fetch it again.")
     try:
-        header = json.loads(raw, object_pairs_hook=without_repeats)
-        ends = [8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise K2Error(f"{path}: expected a JSON header of {length} bytes, found something else. The shard is damaged: fetch it again.") from None
-    expected = max(ends, default=8 + length)
-    if size != expected:
-        raise K2Error(f"{path}: expected {expected} bytes by its header, found {size}. The shard is {'cut' if size < expected else 'too long'}: fetch it again.")
-    header.pop("__metadata__", None)
+        if raw[:1] != b"{" or SURROGATE.search(raw):  # half a character has no UTF-8, and Python's reader lets it pass
+            raise ValueError
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        twice = f" with {error}" if str(error).startswith("the key") else ""
+        raise K2Error(f"{where}: expected a JSON header of {len(raw)} bytes, found something else{twice}. The shard is damaged: fetch it again.") from None
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise K2Error(f"{where}: expected __metadata__ to map text to text in the JSON header, found {str(notes)[:80]}. The shard is damaged: fetch it again.")
+    for name, entry in header.items():
+        check_entry(name, entry, where)
+    check_offsets(header, 8 + len(raw), size, where)
     return header
 
 
-class Checkpoint:
-    """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps."""
+def check_entry(name: str, entry, where):
+    """A tensor's entry in a header: its keys, their types, and as many bytes as its dtype and shape say."""
+    damaged = "The shard is damaged: fetch it again."
+    if len(name) > LONGEST_NAME:
+        raise K2Error(f"{where}: expected tensor names of at most {LONGEST_NAME} characters, found {name[:40]!r}... of {len(name)}. {damaged}")
+    if not isinstance(entry, dict) or not all(whole_numbers(entry.get(key)) for key in ("shape", "data_offsets")) or len(entry["data_offsets"]) != 2:
+        raise K2Error(f"{where}: {name}: expected dtype, shape and two data_offsets, whole numbers from 0, found {str(entry)[:120]}. {damaged}")
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPE_BITS:
+        raise K2Error(f"{where}: {name}: dtype is {str(entry.get('dtype'))[:40]}; expected one that safetensors has. {damaged}")
+    begin, end = entry["data_offsets"]
+    bits = math.prod(entry["shape"]) * DTYPE_BITS[entry["dtype"]]
+    if (end - begin) * 8 != bits:
+        raise K2Error(f"{where}: {name}: expected {-(-bits // 8)} bytes by its dtype and shape, found data_offsets {entry['data_offsets']}. {damaged}")
 
-    def __init__(self, directory):
+
+def whole_numbers(values) -> bool:
+    """Whether it is a list of ints from 0 that fit into 64 bits; True and 1.0 are none."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
+
+
+def check_offsets(header: dict, start: int, size: int, where):
+    """The tensors must cover the file of `size` bytes from the header's end at `start`, without a hole and without an overlap."""
+    reached = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != reached:
+            raise K2Error(f"{where}: {name}: expected data_offsets from {reached}, where the tensor before ends, found {begin}. The shard is damaged: fetch it again.")
+        reached = end
+    if start + reached != size:
+        raise K2Error(f"{where}: expected {start + reached} bytes by its header, found {size}. The shard is {'cut' if size < start + reached else 'too long'}: fetch it again.")
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """{tensor: file}, from the index, or from the one file of a checkpoint without an index."""
+    path = directory / INDEX
+    if not path.exists() and (directory / SINGLE).exists():
+        return dict.fromkeys(read_header(directory / SINGLE), SINGLE)
+    return parse_index(read_json_object(path), path)
+
+
+def parse_index(index: dict, where) -> dict[str, str]:
+    """The index's weight_map, its files' names checked before anything is opened; `where` names it in errors."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise K2Error(f"{where}: expected weight_map to map tensors to files, found {type(weight_map).__name__}. Fetch the index again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise K2Error(f"{where}: weight_map[{name}] is {file!r}; expected the name of a .safetensors file in this folder. Fetch the index again.")
+    return weight_map
+
+
+def first_layers(config: K2Config, weight_map: dict[str, str], count: int) -> tuple[K2Config, dict[str, str]]:
+    """The config and the index of a model that ends after `count` layers; embedding, last norm and head stay."""
+    if not 1 <= count <= config.num_hidden_layers:
+        raise K2Error(f"layers: expected 1 to {config.num_hidden_layers} of them, found {count}. Name the first and the last, such as 0-3.")
+    found = {name: re.search(r"layers\.(\d{1,4})\.", name) for name in weight_map}
+    kept = {name: file for name, file in weight_map.items() if found[name] is None or int(found[name][1]) < count}
+    return replace(config, num_hidden_layers=count), kept
+
+
+def identity(path: Path) -> tuple:
+    """What changes when a file is written to, cut, or replaced by another; None of a file that is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (None,)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class Checkpoint:
+    """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps.
+
+    With `layers` it is the model of that many first layers, and no shard that holds only later ones is opened. With
+    `partial` tensors may be missing: what is there must still be as config.json implies.
+    """
+
+    def __init__(self, directory, layers: int | None = None, partial: bool = False):
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise K2Error(f"{self.directory}: expected a checkpoint directory, found {'something else' if self.directory.exists() else 'nothing'}. Give the folder that holds config.json.")
         self.config = K2Config.from_json(self.directory)
-        self.weight_map = self._read_index()
+        index = self.weight_map = read_index(self.directory)
+        if layers is not None:
+            self.config, self.weight_map = first_layers(self.config, index, layers)
         self.headers = {file: read_header(self.directory / file) for file in sorted(set(self.weight_map.values()))}
-        self._cross_check()
-        self.ignored = self._account_for_every_tensor()
+        self._cross_check(index)
+        self.ignored = self._account_for_every_tensor(partial)
         self._shards = {file: self._map(file) for file in self.headers}
+        self.identity = {file: identity(self.directory / file) for file in self.headers}
 
-    def _read_index(self) -> dict[str, str]:
-        """{tensor: file}, from the index, or from the one file of a checkpoint without an index."""
-        path = self.directory / INDEX
-        if not path.exists() and (self.directory / SINGLE).exists():
-            return dict.fromkeys(read_header(self.directory / SINGLE), SINGLE)
-        weight_map = read_json_object(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise K2Error(f"{path}: expected weight_map to map tensors to files, found {type(weight_map).__name__}. Fetch the index again.")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise K2Error(f"{path}: weight_map[{name}] is {file!r}; expected the name of a .safetensors file in this folder. Fetch the index again.")
-        return weight_map
-
-    def _cross_check(self):
+    def _cross_check(self, index: dict[str, str]):
         """The index and the headers must tell one story."""
         for name, file in self.weight_map.items():
             if name not in self.headers[file]:
                 raise K2Error(f"{self.directory / file}: expected {name}, which the index places here; the header lacks it. Index and shards are not of one checkpoint.")
         for file, header in self.headers.items():
             for name in header:
-                if self.weight_map.get(name) != file:
-                    raise K2Error(f"{self.directory / file}: holds {name}, which the index places in {self.weight_map.get(name, 'no file')}. Index and shards are not of one checkpoint.")
+                if index.get(name) != file:
+                    raise K2Error(f"{self.directory / file}: holds {name}, which the index places in {index.get(name, 'no file')}. Index and shards are not of one checkpoint.")
 
-    def _account_for_every_tensor(self) -> dict[str, str]:
+    def _account_for_every_tensor(self, partial: bool) -> dict[str, str]:
         """Each tensor is as the config implies, or ignored: returns {ignored tensor: reason}."""
         expected, ignored = expected_tensors(self.config), {}
         for name, file in self.weight_map.items():
-            reason = next((why for pattern, why in IGNORED_TENSORS if pattern.search(name)), None)
+            reason = reason_to_ignore(name)
             if reason:
                 ignored[name] = reason
             elif name not in expected:
@@ -223,8 +324,8 @@ class Checkpoint:
             else:
                 self._check_tensor(name, file, expected[name])
         for name in expected:
-            if name not in self.weight_map:
-                raise K2Error(f"{self.directory}: tensor {name} is missing; config.json implies it. Is the checkpoint whole, and config.json its own?")
+            if name not in self.weight_map and not partial:
+                raise K2Error(f"{self.directory}: tensor {name} is missing; config.json implies it. Is the checkpoint whole, and config.json its own? A part of one runs with --layers 0-N.")
         return ignored
 
     def _check_tensor(self, name: str, file: str, spec: Spec):
@@ -244,6 +345,13 @@ class Checkpoint:
         """A view into the memory map, in the stored dtype; `name` is without the prefix that K2.5 adds."""
         name = self.config.tensor_prefix + name
         return self._shards[self.weight_map[name]].get_tensor(name)
+
+    def check_unchanged(self):
+        """Raise K2Error if a shard is no longer the file that was opened. The map would show another program's writing in
+        silence, and a page that was cut off ends this one. What changes between this look and the use is not seen."""
+        for file, before in self.identity.items():
+            if identity(self.directory / file) != before:
+                raise K2Error(f"{self.directory / file}: expected the file as it was at the start, found it changed or replaced while running. Start again with a whole checkpoint.")
 
     def holds(self, name: str) -> bool:
         """True if there is a tensor of this name."""
@@ -288,30 +396,37 @@ def resolved_dtypes(config: K2Config, dtype, device: torch.device) -> tuple:
     return None, wide if config.weight_format == "fp8" and rest <= 4 * SMALL else None
 
 
-def load(directory, device="cpu", dtype="auto") -> K2:
+def load(directory, device="cpu", dtype="auto", layers: int | None = None) -> K2:
     """A model with a checkpoint's weights, all experts in it, ready to run (eval mode, no gradients).
 
     dtype None keeps the stored format at rest and computes in the checkpoint's torch_dtype; a torch dtype dequantises
     and casts at load; "auto" takes whichever serves the device (see resolved_dtypes). The non-routed weights are read
     and checked for NaN now; routed experts stay in the map until they are asked for, if they need no cast. The
-    embedding stays in the map on the CPU. Raises K2Error for whatever is wrong with the files.
+    embedding stays in the map on the CPU. With `layers` only that many first layers are taken, and the shards of the
+    others need not be there. Raises K2Error for whatever is wrong with the files.
     """
-    return filled_model(Checkpoint(directory), torch.device(device), dtype, resident_experts)
+    return filled_model(Checkpoint(directory, layers), torch.device(device), dtype, resident_experts)
 
 
 def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_experts) -> K2:
     """The same for an open checkpoint, its routed experts made by `make_experts(config, layer)`."""
-    of_experts, of_the_rest = resolved_dtypes(checkpoint.config, dtype, device)
-    keep_freed_memory()
     with torch.device("meta"):
         model = K2(checkpoint.config, make_experts)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not isinstance(module, OutputHead):
+    return filled(checkpoint, "", model, dtype, device)
+
+
+def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device: torch.device):
+    """A module made on the meta device, given the checkpoint's weights under its prefix ("model.layers.1."), ready to run."""
+    of_experts, of_the_rest = resolved_dtypes(checkpoint.config, dtype, device)
+    keep_freed_memory()
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear) and not isinstance(child, OutputHead):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, linear_from(checkpoint, name, of_experts if ".mlp.experts." in name else of_the_rest, device))
+            of_this = of_experts if ".mlp.experts." in prefix + name else of_the_rest
+            setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, of_this, device))
         else:
-            fill_tensors(checkpoint, name, module, of_the_rest, device)
-    return model.eval().requires_grad_(False)
+            fill_tensors(checkpoint, prefix + name, child, of_the_rest, device)
+    return module.eval().requires_grad_(False)
 
 
 def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
@@ -323,14 +438,23 @@ def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
     if checkpoint.holds(f"{name}.weight_packed"):
         parts = {kind: checkpoint.tensor(f"{name}.{kind}") for kind in ("weight_packed", "weight_scale", "weight_shape")}
         check_int4_shape(checkpoint, name, parts)
-        return linear_at_rest(parts, device, device.type == "cpu") if at_rest else plain_linear(int4_dequantize(parts["weight_packed"], parts["weight_scale"], wide), device)
+        if at_rest:
+            return linear_at_rest(parts, device, device.type == "cpu")
+        return plain_linear(widened(int4_dequantize(parts["weight_packed"], parts["weight_scale"], wide), parts["weight_packed"]), device)
     weight_OI = (checkpoint.tensor if ".experts." in name else checkpoint.finite)(f"{name}.weight")
     if weight_OI.dtype != torch.float8_e4m3fn:
-        return plain_linear(weight_OI.to(wide), device)
+        return plain_linear(widened(weight_OI.to(wide), weight_OI), device)
     scale_BG = checkpoint.scale(f"{name}.weight_scale_inv")
     if at_rest:
         return linear_at_rest({"weight": weight_OI, "weight_scale_inv": scale_BG}, device, device.type == "cpu")
-    return plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)
+    return plain_linear(widened(fp8_dequantize(weight_OI, scale_BG, wide), weight_OI), device)
+
+
+def widened(weight_OI, stored):
+    """The first of the two. Where it is a copy, the map's pages of the second are let go: they would count as memory."""
+    if weight_OI.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        forget_pages(stored)
+    return weight_OI
 
 
 def linear_at_rest(parts: dict, device, by_codes: bool, own: bool = False) -> nn.Module:
@@ -364,7 +488,7 @@ def plain_linear(weight_OI, device) -> nn.Linear:
 def fill_tensors(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device):
     """Give a module its own vectors and tables (norms, router, embedding, head), not those of its children."""
     for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        full = f"{prefix}.{name}"
+        full = f"{prefix.rstrip('.')}.{name}"
         values = checkpoint.finite(full)
         if name == "e_score_correction_bias":
             module.register_buffer(name, values.float().to(device))

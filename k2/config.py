@@ -187,6 +187,8 @@ CONSTRAINTS = (
     ("v_head_dim", lambda c: c.v_head_dim <= c.qk_head_dim, "at most qk_nope_head_dim + qk_rope_head_dim, as in the whole family"),
     ("num_hidden_layers", lambda c: c.num_hidden_layers <= 1000, "at most 1000"),
     ("n_routed_experts", lambda c: c.n_routed_experts <= 100_000, "at most 100000"),
+    # A hostile config must not make a reader list names until its memory is gone; K2 has 23,040 experts.
+    ("n_routed_experts", lambda c: c.n_routed_experts * c.num_hidden_layers <= 200_000, "at most 200000 in all layers together"),
     ("q_lora_rank", lambda c: c.q_lora_rank is None or c.q_lora_rank > 0, "a positive number or null"),
     ("qk_rope_head_dim", lambda c: c.qk_rope_head_dim % 2 == 0, "an even number, since dimensions rotate in pairs"),
     ("num_key_value_heads", lambda c: c.num_key_value_heads == c.num_attention_heads, "num_attention_heads, as latent attention has no grouped heads"),
@@ -210,10 +212,15 @@ def without_repeats(pairs) -> dict:
     return found
 
 
+LARGEST_JSON = 100_000_000  # bytes; K2's index, the longest, has 12 million
+
+
 def read_json_object(path: Path) -> dict:
     """The JSON object in a regular file, with a K2Error for everything else that can stand at a path."""
     if not os.path.isfile(path):  # false for a directory, a fifo, a dangling link, a name too long: opening a fifo would hang
         raise K2Error(f"{path}: expected a regular file, found {'something else' if os.path.exists(path) else 'nothing'}. Point --model at a checkpoint directory.")
+    if os.path.getsize(path) > LARGEST_JSON:
+        raise K2Error(f"{path}: expected JSON of at most {LARGEST_JSON} bytes, found {os.path.getsize(path)}. Fetch the file again.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, OSError, RecursionError) as error:

@@ -68,13 +68,19 @@ class Slots:
 
     def reserve(self, key: Key) -> bool:
         """Give a slot to an expert, held, its bytes not yet there; False while every slot is held."""
+        if not self.evict():
+            return False
+        self.slot_of[key] = self.free.popleft()
+        self.held.add(key)
+        return True
+
+    def evict(self) -> bool:
+        """See that a slot is free, by the least recently used if need be; False while every slot is held."""
         if not self.free:
             oldest = next((k for k in self.slot_of if k not in self.held), None)
             if oldest is None:
                 return False
             self.forget(oldest)
-        self.slot_of[key] = self.free.popleft()
-        self.held.add(key)
         return True
 
     def forget(self, key: Key):
@@ -88,15 +94,10 @@ class Slots:
         """The expert's slot, uint8."""
         return self.rooms[self.slot_of[key]]
 
-    def give_up_one(self) -> bool:
-        """Let go of one slot for good, a free one or the least recently used; False if it would be the last."""
-        if len(self.free) + len(self.slot_of) < 2:
+    def shrink(self) -> bool:
+        """Let go of one slot for good; False where it would be the last, or every slot is held."""
+        if len(self.free) + len(self.slot_of) < 2 or not self.evict():
             return False
-        if not self.free:
-            oldest = next((k for k in self.slot_of if k not in self.held), None)
-            if oldest is None:
-                return False
-            self.forget(oldest)
         self.rooms[self.free.pop()] = None
         return True
 
@@ -163,6 +164,8 @@ class ExpertStore:
         self.reading: dict[Key, list[Future]] = {}  # slots that are being filled
         self.guesses: set[Key] = set()  # those of them, or of the filled ones, that nobody has asked for yet
         self.kept: dict[str, torch.Tensor] = {}
+        self.bus = Bus(size, device) if self.upper is not self.ram else None
+        self.crossing: dict[Key, object] = {}  # experts on their way up, and what tells that they are there
         self.statistics = Statistics()
 
     def plan(self) -> str:
@@ -175,6 +178,10 @@ class ExpertStore:
         """What moe.py is given in place of resident experts."""
         return StoredExperts(self, index)
 
+    def visited_layer(self, config: K2Config, index: int) -> "VisitedExperts":
+        """The same for a model whose other weights are elsewhere."""
+        return VisitedExperts(self, index)
+
     def fetch(self, layer: int, ids: list[int]):
         """Start reading what is not in memory, as far as there are slots to read into; an iterator of (id, expert)."""
         keys = [(layer, e) for e in ids]
@@ -186,16 +193,19 @@ class ExpertStore:
         self.statistics.hits += len(ready) + len(below)
         self.statistics.misses += len(coming) + len(missing)
         self.start_reading(missing, coming)
+        for key in below:
+            self.lift(key)
         return self.arriving(ready + below, missing, coming)
 
     def settle(self, keys: list[Key]):
-        """Make ordinary tenants of what was read ahead: what has landed, or was asked for now."""
-        for key in [k for k in self.guesses if k in self.reading and all(part.done() for part in self.reading[k])]:
+        """Make ordinary tenants of what was read ahead, and of what a request that was broken off left behind."""
+        for key in [k for k, parts in self.reading.items() if all(part.done() for part in parts)]:
             try:
                 self.land(key)
-                self.ram.held.discard(key)
             except K2Error:
                 pass  # nobody asked for it; whoever does will read it again, and be told
+        self.ram.held = set(self.reading)
+        self.upper.held = self.ram.held if self.upper is self.ram else set()
         for key in self.guesses & set(keys):
             self.statistics.guessed_right += 1
             self.guesses.discard(key)
@@ -259,8 +269,8 @@ class ExpertStore:
             for key in [k for k in coming if k in self.reading]:
                 wait(self.reading.pop(key))
                 self.ram.forget(key)
-            self.ram.held &= self.reading.keys()
-            self.upper.held &= self.reading.keys()
+            self.ram.held.intersection_update(self.reading)
+            self.upper.held.intersection_update(self.reading)
 
     def make_way(self):
         """Every slot is taken by what was read ahead: wait for one and let it go."""
@@ -273,17 +283,26 @@ class ExpertStore:
         self.ram.held.discard(key)
         self.upper.held.discard(key)
 
-    def expert(self, key: Key) -> Expert:
+    def lift(self, key: Key) -> bool:
+        """Start copying an expert up, unless every slot there is held."""
+        if key in self.upper.held or not self.upper.reserve(key):
+            return key in self.upper.held
+        self.crossing[key] = self.bus.carry(self.ram.room(key), self.upper.room(key))
+        self.ram.held.discard(key)
+        self.statistics.lifted += 1
+        self.statistics.bytes_lifted += self.record(key).size
+        return True
+
+    def expert(self, key: Key) -> nn.Module:
         """The expert's module in the tier that computes, its bytes copied up if they were not there."""
-        if not self.upper.hold(key):
-            self.upper.reserve(key)
-            self.upper.room(key).copy_(self.ram.room(key), non_blocking=True)
-            self.ram.held.discard(key)
-            self.statistics.lifted += 1
-            self.statistics.bytes_lifted += self.record(key).size
+        if self.bus and not self.upper.hold(key):
+            self.lift(key)
+        if key in self.crossing:
+            self.bus.arrived(self.crossing.pop(key))
         slot = self.upper.slot_of[key]
         if slot not in self.upper.experts:
-            self.upper.experts[slot] = self.expert_in(self.upper.rooms[slot], key)
+            expert = self.expert_in(self.upper.rooms[slot], key)
+            self.upper.experts[slot] = GivingWay(expert, self.upper) if self.bus else expert
         return self.upper.experts[slot]
 
     def expert_in(self, room, key: Key) -> Expert:
@@ -338,6 +357,69 @@ def kernel_bytes(checkpoint: Checkpoint, dtype, device: torch.device) -> int:
     return sum(2 * size for name, size in large_tensors(checkpoint).items() if name.endswith("weight_scale"))
 
 
+class Bus:
+    """The way from RAM to a device, through a few pinned rooms in turn and on a stream of its own, so that experts cross
+    while others compute. On a CPU, which stands in for a device in the tests, it is two copies."""
+
+    def __init__(self, size: int, device: torch.device, rooms: int = 3):
+        self.cuda = device.type == "cuda"
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda) for _ in range(rooms)]
+        self.left: list = [None] * rooms  # when each room's last load had left it
+        self.stream, self.turn = torch.cuda.Stream(device) if self.cuda else None, 0
+
+    def carry(self, source, target):
+        """Start a copy; what `arrived` waits for. The target may still be read by what was started before."""
+        turn, self.turn = self.turn, (self.turn + 1) % len(self.pinned)
+        if self.left[turn]:
+            self.left[turn].synchronize()
+        self.pinned[turn].copy_(source)
+        if not self.cuda:
+            target.copy_(self.pinned[turn])
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(self.pinned[turn], non_blocking=True)
+            self.left[turn] = self.stream.record_event()
+        return self.left[turn]
+
+    def arrived(self, event):
+        """Let what is started from now on wait for a copy."""
+        if event:
+            torch.cuda.current_stream().wait_event(event)
+
+
+class GivingWay(nn.Module):
+    """An expert on a device. Where its product finds no memory there, a slot is given up and it is tried again."""
+
+    def __init__(self, expert: Expert, tier: Slots):
+        super().__init__()
+        self.expert, self.tier = expert, tier
+
+    def forward(self, x_MD):
+        return self.in_less_and_less(x_MD)
+
+    def in_less_and_less(self, x_MD):
+        """The answer, however many slots it takes."""
+        while True:
+            try:
+                return self.expert(x_MD)
+            except torch.OutOfMemoryError:
+                if not self.tier.shrink():
+                    raise K2Error("memory: the device has no room left beside one expert. Give less to --gpu-memory, or a shorter prompt.") from None
+                torch.cuda.empty_cache()
+
+
+class Visited(nn.Module):
+    """An expert that stays in RAM and computes on the CPU: the rows travel to it, and its answer back."""
+
+    def __init__(self, expert: Expert):
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, x_MD):
+        return self.expert(x_MD.cpu()).to(x_MD.device)
+
+
 class WideningLinear(nn.Module):
     """nn.Linear without bias whose weight stays in its stored dtype and is widened to x's for each product."""
 
@@ -359,6 +441,14 @@ class StoredExperts(nn.Module):
     def fetch(self, ids: list[int]):
         """Yield (id, expert) for each id asked for, as they become available; reads start now."""
         return self.store.fetch(self.layer, ids)
+
+
+class VisitedExperts(StoredExperts):
+    """The same for a model on a GPU whose experts compute on the CPU."""
+
+    def fetch(self, ids: list[int]):
+        """Yield (id, expert that takes rows from anywhere)."""
+        return ((e, Visited(expert)) for e, expert in super().fetch(ids))
 
 
 def guess_ahead(layer, arguments):
@@ -410,15 +500,17 @@ def parse_size(text: str | None) -> int | None:
         raise K2Error(f"size: found {text!r}; expected a number of bytes with or without a unit, such as 3GB.") from None
 
 
-def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, compiled: bool = False) -> K2:
+def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layers: int | None = None, compiled: bool = False, experts_on: str = "device") -> K2:
     """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into the device's
     memory, and else with an expert store in their place.
 
     ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
-    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. `compiled` lets
-    torch.compile make the products of decode. Raises K2Error if the non-routed weights and one expert do not fit.
+    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. With `layers` it is
+    the model of that many first layers; `compiled` lets torch.compile make the products of decode; `experts_on` "cpu" leaves
+    the experts in RAM and computes them there, which rounds differently from a GPU. Raises K2Error if the non-routed
+    weights and one expert do not fit.
     """
-    checkpoint, device = Checkpoint(directory), torch.device(device)
+    checkpoint, device = Checkpoint(directory, layers), torch.device(device)
     if gpu_memory is not None and device.type == "cpu":
         raise K2Error("--gpu-memory: set for a model on the CPU; expected a GPU. Use --ram, or --device cuda.")
     of_experts, _ = resolved_dtypes(checkpoint.config, dtype, device)
@@ -426,13 +518,17 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, compi
     ram = int(free_memory() * 0.9) if ram is None else ram
     on_gpu = device.type != "cpu"
     room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    if routed + rest <= room:
-        model = filled_model(checkpoint, device, dtype, files.resident_experts)
-        return with_compiled_products(model) if compiled else model
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
-    store = ExpertStore(checkpoint, ram, device, room - rest, dtype=of_experts) if on_gpu else ExpertStore(checkpoint, ram - rest, dtype=of_experts)
-    model = with_guesses(filled_model(checkpoint, device, dtype, store.layer))
+    make_experts = files.resident_experts
+    if experts_on == "cpu":
+        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts).visited_layer
+    elif routed + rest > room:
+        store = ExpertStore(checkpoint, ram, device, room - rest, dtype=of_experts) if on_gpu else ExpertStore(checkpoint, ram - rest, dtype=of_experts)
+        make_experts = store.layer
+    model = filled_model(checkpoint, device, dtype, make_experts)
+    model.register_forward_pre_hook(lambda *_: checkpoint.check_unchanged())
+    model = model if make_experts is files.resident_experts else with_guesses(model)
     return with_compiled_products(model) if compiled else model
 
 

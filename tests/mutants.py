@@ -274,17 +274,17 @@ MUTANTS = (
     # ---- stored formats ----
     Mutant(
         "FP8 scales transposed", "quantization.py",
-        "enumerate(scale_BG * 2.0**120)", "enumerate(scale_BG.mT.reshape(scale_BG.shape) * 2.0**120)",
+        "(scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)", "(scale_BG.mT.reshape(scale_BG.shape) * 2.0**120).repeat_interleave(BLOCK, dim=1)",
         "tests/test_quantization.py::test_a_scale_touches_its_own_block_and_no_other",
     ),
     Mutant(
         "ragged last block misread: columns shared out evenly", "quantization.py",
-        "scale_G.repeat_interleave(BLOCK)[:I]", "scale_G.repeat_interleave(-(-I // len(scale_G)))[:I]",
+        "(scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)", "(scale_BG * 2.0**120).repeat_interleave(-(-I // scale_BG.shape[1]), dim=1)",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "rows = slice(b * BLOCK, (b + 1) * BLOCK)", "rows = slice(O * b // len(scale_BG), O * (b + 1) // len(scale_BG))",
+        "value_OI[row : row + BLOCK] *= scale_BI[b]", "value_OI[row : row + BLOCK] *= scale_BI[min(b, max(len(value_OI) // BLOCK - 1, 0))]",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
@@ -302,6 +302,16 @@ MUTANTS = (
         "a slot given away while its expert is in use", "offload.py",
         "oldest = next((k for k in self.slot_of if k not in self.held), None)", "oldest = next(iter(self.slot_of), None)",
         "tests/test_offload.py::test_a_slot_in_use_is_never_given_away",
+    ),
+    Mutant(
+        "few rows: every block of rows scaled as the first", "quantization.py",
+        "panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))", "panel_products(x_BMI, values(code_OI[rows]))",
+        "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
+    ),
+    Mutant(
+        "INT4: the kernel given the words as they are stored", "quantization.py",
+        "weight_OL = int4_kernel_order(self.weight_packed)", "weight_OL = self.weight_packed.data.view(torch.uint8).clone()",
+        "tests/test_quantization.py::test_torchs_int4_kernel_gives_the_dequantised_product",
     ),
     # ---- the optimizer ----
     Mutant(

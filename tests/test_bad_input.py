@@ -134,6 +134,17 @@ def header_text(raw: bytes):
     return write(FIRST, len(raw).to_bytes(8, "little") + raw)
 
 
+def sparse(file: str, length: int):
+    """A shard that says, and has, so long a header; a hole on the disk."""
+
+    def damage(folder: Path):
+        with open(folder / file, "wb") as shard:
+            shard.write(length.to_bytes(8, "little"))
+            shard.truncate(8 + length)
+
+    return damage
+
+
 def in_two_shards(folder: Path):
     """The first shard holds the head as well; the index does not change."""
     head = safetensors.torch.load_file(folder / LAST)["lm_head.weight"]
@@ -190,17 +201,19 @@ DAMAGES = {
     "an HTML page for a shard": (write(LAST, b"<html>" * 100), [LAST, "header"]),
     "a header length past the file": (edit(FIRST, lambda raw: (2**40).to_bytes(8, "little") + raw[8:]), [FIRST, "header"]),
     "a header that is no JSON": (edit(FIRST, lambda raw: raw[:8] + b"x" + raw[9:]), [FIRST, "JSON header"]),
-    "tensors that overlap": (with_header(overlap), [FIRST]),
-    "a tensor past the end": (with_header(beyond), [FIRST]),
-    "a tensor twice in a header": (header_text(b'{"a": 1, "a": 2}'), [FIRST, "JSON header"]),
+    "tensors that overlap": (with_header(overlap), [FIRST, f"{O_PROJ}.weight_scale_inv", "where the tensor before ends"]),
+    "a tensor past the end": (with_header(beyond), [FIRST, "where the tensor before ends"]),
+    "a tensor twice in a header": (header_text(b'{"a": 1, "a": 2}'), [FIRST, "JSON header", "the key a twice"]),
+    "a tensor's name that would write to the terminal": (with_header(lambda header: header.__setitem__("a\n\x1b[2J", 1)), [FIRST, "a\\n\\x1b[2J", "whole numbers"]),
     "a header nested without end": (header_text(b"[" * 200_000), [FIRST, "JSON header"]),
     "a header that is a list": (header_text(b"[1]"), [FIRST, "JSON header"]),
     "a header that is no UTF-8": (header_text(b"\xff\xfe{}"), [FIRST, "JSON header"]),
-    "an offset that is text": (offsets([0, "2016"]), [FIRST, "JSON header"]),
-    "an offset of no number": (offsets([]), [FIRST, "JSON header"]),
-    "an offset below zero": (offsets([-5, 2011]), [FIRST, "safetensors", "-5"]),
-    "offsets that run backwards": (offsets([2016, 0]), [FIRST, O_PROJ, "invalid offset"]),
-    "an offset of forty digits": (offsets([0, 10**40]), [FIRST, "bytes by its header", "cut"]),
+    "an offset that is text": (offsets([0, "2016"]), [FIRST, O_PROJ, "whole numbers", "'2016'"]),
+    "an offset of no number": (offsets([]), [FIRST, O_PROJ, "two data_offsets"]),
+    "an offset below zero": (offsets([-5, 2011]), [FIRST, O_PROJ, "whole numbers from 0", "-5"]),
+    "offsets that run backwards": (offsets([2016, 0]), [FIRST, O_PROJ, "expected 2016 bytes by its dtype and shape", "[2016, 0]"]),
+    "an offset of forty digits": (offsets([0, 10**40]), [FIRST, O_PROJ, "whole numbers", "0" * 40]),
+    "a header longer than any": (sparse(FIRST, 2**31), [FIRST, "at most 100000000 bytes", "2147483648"]),
     "a shard that is a dangling link": (dangling(LAST), [LAST, "no file", "Fetch"]),
     "two shards that hold one tensor": (in_two_shards, [FIRST, "holds lm_head.weight", f"places in {LAST}"]),
     "a folder for a shard": (directory(LAST), [LAST, "no regular file"]),

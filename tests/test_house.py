@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
-ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic reading compiled offload tokenizer
-    sampling generation bench beside training/muonclip training/corpus training/evaluation training/curves
-    training/pretraining training/recipe training/facts training/experiments training/speed""".split()
+ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic
+    reading compiled offload tokenizer sampling generation part inspection needs machine plan hub download bench beside
+    training/muonclip training/corpus training/evaluation training/curves training/pretraining training/recipe training/facts
+    training/experiments training/speed""".split()
 FACES = ("__init__", "__main__", "training/__init__")
 # Each third-party package and the files that may import it; torch and numpy are everywhere but where a test below says otherwise.
-HOMES = {"safetensors": ["checkpoint"], "tokenizers": ["tokenizer"], "transformers": ["beside", "training/speed"], "matplotlib": ["training/curves"]}
+HOMES = {"safetensors": ["checkpoint"], "tokenizers": ["tokenizer"], "transformers": ["beside", "training/speed"], "huggingface_hub": ["hub"], "matplotlib": ["training/curves"]}
 # Tests of more than one module, or of none.
 OTHER_TESTS = """properties house command_line bad_input mini lessons released_layout mutants hostile_checkpoints
     oracle_transformers oracle_tiktoken""".split()
@@ -90,7 +91,7 @@ def test_each_third_party_package_has_one_home():
 
 def test_every_package_of_requirements_is_used_or_has_its_reason():
     required = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
-    assert required == {"torch", "numpy", "safetensors", "tokenizers", "pytest", "matplotlib"}
+    assert required == {"torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pytest", "matplotlib"}
     pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in line for line in pinned), pinned
 

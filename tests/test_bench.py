@@ -1,0 +1,62 @@
+"""The table of budgets: what is printed is what was measured, beside ceilings of the same run."""
+
+import json
+
+import pytest
+from small import random_model, small_config
+
+from k2 import K2Error, bench
+from k2.__main__ import main
+from k2.checkpoint import save
+
+SETTINGS = {"device": "cpu", "dtype": "stored", "gpu_memory": None, "prompt": 20, "new": 3, "compiled": False}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A small FP8 checkpoint."""
+    directory = tmp_path_factory.mktemp("bench") / "model"
+    save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), directory, format="fp8", shards=2)
+    return directory
+
+
+def test_a_measurement_counts_what_moved(directory):
+    free = bench.alone(directory, {**SETTINGS, "ram": None})
+    assert free["hits"] == 1.0 and free["disk_per_token"] == 0 and free["slots"] == 0
+    tight = bench.alone(directory, {**SETTINGS, "ram": 200_000})
+    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0
+    assert tight["last_id"] == free["last_id"], "another budget, another token"
+    assert all(found[key] > 0 for found in (free, tight) for key in ("load", "first", "prefill", "decode", "compute", "peak", "active_bytes"))
+
+
+def test_active_bytes_are_all_but_the_experts_that_are_not_asked(directory):
+    from k2.checkpoint import Checkpoint
+    from k2.offload import weight_bytes
+
+    routed, rest = weight_bytes(Checkpoint(directory), None)
+    assert bench.active_bytes(directory, SETTINGS) == pytest.approx(rest + routed * 4 / 11)
+
+
+def test_shares_are_of_the_ceilings_of_the_run(monkeypatch, directory, capsys):
+    run = {"ram": 2_000_000_000, "load": 1.0, "first": 2.0, "prefill": 100.0, "prefill_disk_rate": 0.5e9, "decode": 4.0, "hits": 0.25, "disk_per_token": 0.2, "wait": 0.1,
+           "compute": 0.15, "active_bytes": 2.5e9, "peak": 1000.0}  # fmt: skip
+    monkeypatch.setattr(bench, "run_child", lambda *_: dict(run))
+    rates = iter([{"ram": 10e9, "disk": 2e9}, {"ram": 20e9, "disk": 1e9}])
+    monkeypatch.setattr(bench, "measured_ceilings", lambda *_: next(rates))
+    assert main(["bench", str(directory), "--ram", "2GB", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ceilings"] == {"ram": 20e9, "disk": 2e9}, "the best of the rounds"
+    [row] = found["runs"]
+    assert (row["ram_share"], row["disk_share"], row["prefill_disk_share"]) == (pytest.approx(0.5), pytest.approx(0.4), pytest.approx(0.25))
+    assert "2.0 GB" in bench.table(found) and "40%" in bench.table(found)
+
+
+def test_a_child_that_fails_is_quoted(tmp_path):
+    with pytest.raises(K2Error, match="bench: .*expected a checkpoint directory"):
+        bench.run_child(tmp_path / "nothing", {**SETTINGS, "ram": None})
+
+
+def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, capsys):
+    assert main(["bench", str(directory), "--new", "0"]) == 2
+    assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2
+    assert "expected one of mid, big, slice" in capsys.readouterr().err

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(commands)
     add_inspect(commands)
     add_plan(commands)
+    add_check_layer(commands)
     return parser
 
 
@@ -85,6 +86,7 @@ def add_generate(commands):
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
+    sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -139,11 +141,11 @@ def run_generate(options):
     check_flags(options)
     text, device = read_prompt(options), pick_device(options.device)
     tokenizer = Tokenizer.from_directory(options.model)
-    started = time.perf_counter()
+    started, layers = time.perf_counter(), first_layers(options.layers)
     if options.backend == "numpy":
-        model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
+        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=layers)  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram))
+        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), layers)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -155,6 +157,16 @@ def run_generate(options):
     stream(new_ids, tokenizer)
     if store:
         print(store.statistics.line(), file=sys.stderr)
+
+
+def first_layers(text: str | None) -> int | None:
+    """How many first layers "0-3" asks for: 4."""
+    from .part import parse_numbers
+
+    numbers = parse_numbers(text, "--layers") if text is not None else None
+    if numbers is not None and numbers != tuple(range(len(numbers))):
+        raise K2Error(f"--layers {text}: expected the first layers, such as 0-3; a model cannot begin in its middle. check-layer runs one layer.")
+    return len(numbers) if numbers is not None else None
 
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):
@@ -264,6 +276,33 @@ def run_plan(options):
         chosen = plan.best(plans)
         print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
         print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
+
+
+def add_check_layer(commands):
+    """python -m k2 check-layer"""
+    sub = commands.add_parser("check-layer", help="one layer of a checkpoint against the numpy reference", description="Run one layer's tensors, or those that are there, in torch and in numpy on seeded tokens.")
+    sub.add_argument("model", metavar="DIR", help="a checkpoint, or a part of one")
+    sub.add_argument("layer", type=int, metavar="LAYER")
+    sub.add_argument("--experts", metavar="17,203", help="these routed experts (default: the first two that are there)")
+    sub.add_argument("--tokens", type=int, default=4, metavar="N")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.set_defaults(run=run_check_layer)
+
+
+def run_check_layer(options):
+    """A line for each comparison on stdout; an error past its limit ends it with status 2."""
+    from . import layer_check
+    from .checkpoint import Checkpoint
+    from .part import parse_numbers
+
+    if options.tokens < 1 or options.seed < 0:
+        raise K2Error(f"--tokens, --seed: found {options.tokens}, {options.seed}; expected at least 1 and 0.")
+    experts = parse_numbers(options.experts, "--experts") if options.experts is not None else None
+    found = []
+    for result in layer_check.results(Checkpoint(options.model, partial=True), options.layer, experts, options.tokens, options.seed):
+        print(layer_check.line(result), flush=True)
+        found.append(result)
+    layer_check.verdict(options.model, options.layer, found)
 
 
 def add_train(commands):

@@ -232,6 +232,7 @@ def add_plan(commands):
         sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
     sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
     sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
+    sub.add_argument("--published", action="store_true", help="instead: the speeds that others report, beside the limits of their machines")
     sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_plan)
@@ -258,10 +259,12 @@ MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_
 
 def run_plan(options):
     """The plan on stdout, the next command last."""
-    from . import plan
+    from . import plan, published
     from .machine import this_machine
     from .needs import family_config
 
+    if options.published:
+        return print(published.page(), end="")
     if options.context < 0 or (options.hits is not None and not 0 <= options.hits <= 1):
         raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
     config = family_config(options.model) if options.model else None

@@ -119,10 +119,11 @@ def expert_of(checkpoint: Checkpoint, prefix: str, dtype, width: int) -> Expert:
 
 
 def relative_error(found, expected) -> float:
-    """The worst row's |found - expected| / |expected|, L2; infinite where something is no number."""
-    difference = np.linalg.norm(found.double().numpy() - expected, axis=-1)
-    error = float(np.max(difference / np.maximum(np.linalg.norm(expected, axis=-1), np.finfo(np.float64).tiny)))
-    return error if np.isfinite(error) else float("inf")
+    """The worst row's |found - expected| / |expected|, L2; infinite where a row is no number, or all zeros: no layer of a
+    trained model answers nothing, and a shard of zeros must not pass for one."""
+    length = np.linalg.norm(expected, axis=-1)
+    error = np.linalg.norm(found.double().numpy() - expected, axis=-1) / np.where(length > 0, length, np.nan)
+    return float(np.max(error)) if np.isfinite(error).all() else float("inf")
 
 
 # ---- the comparisons ----

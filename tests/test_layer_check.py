@@ -114,6 +114,15 @@ def test_not_a_number_is_no_small_error(saved, tmp_path):
     assert found and all(result.error == float("inf") for result in found)
 
 
+def test_a_shard_of_zeros_is_no_layer(saved, tmp_path):
+    def empty(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = torch.zeros_like(tensor)
+
+    found = check(kept(saved("fp8"), tmp_path / "p", Part((1,), None, ("attention",)), empty))
+    assert found and all(result.error == float("inf") for result in found)
+
+
 # ---- a part ----
 
 

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(commands)
     add_inspect(commands)
     add_plan(commands)
+    add_check_layer(commands)
     return parser
 
 
@@ -86,6 +87,7 @@ def add_generate(commands):
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
     sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU: faster tokens after some seconds of compiling")
+    sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -140,11 +142,11 @@ def run_generate(options):
     check_flags(options)
     text, device = read_prompt(options), pick_device(options.device)
     tokenizer = Tokenizer.from_directory(options.model)
-    started = time.perf_counter()
+    started, layers = time.perf_counter(), first_layers(options.layers)
     if options.backend == "numpy":
-        model = load(options.model, dtype=torch.float32, ram=sys.maxsize)  # the reference needs all weights in any case
+        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=layers)  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), compiled=options.compile)
+        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), layers, options.compile)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -156,6 +158,16 @@ def run_generate(options):
     stream(new_ids, tokenizer)
     if store:
         print(store.statistics.line(), file=sys.stderr)
+
+
+def first_layers(text: str | None) -> int | None:
+    """How many first layers "0-3" asks for: 4."""
+    from .part import parse_numbers
+
+    numbers = parse_numbers(text, "--layers") if text is not None else None
+    if numbers is not None and numbers != tuple(range(len(numbers))):
+        raise K2Error(f"--layers {text}: expected the first layers, such as 0-3; a model cannot begin in its middle. check-layer runs one layer.")
+    return len(numbers) if numbers is not None else None
 
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):
@@ -221,6 +233,7 @@ def add_plan(commands):
         sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
     sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
     sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
+    sub.add_argument("--published", action="store_true", help="instead: the speeds that others report, beside the limits of their machines")
     sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_plan)
@@ -247,10 +260,12 @@ MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_
 
 def run_plan(options):
     """The plan on stdout, the next command last."""
-    from . import plan
+    from . import plan, published
     from .machine import this_machine
     from .needs import family_config
 
+    if options.published:
+        return print(published.page(), end="")
     if options.context < 0 or (options.hits is not None and not 0 <= options.hits <= 1):
         raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
     config = family_config(options.model) if options.model else None
@@ -265,6 +280,33 @@ def run_plan(options):
         chosen = plan.best(plans)
         print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
         print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
+
+
+def add_check_layer(commands):
+    """python -m k2 check-layer"""
+    sub = commands.add_parser("check-layer", help="one layer of a checkpoint against the numpy reference", description="Run one layer's tensors, or those that are there, in torch and in numpy on seeded tokens.")
+    sub.add_argument("model", metavar="DIR", help="a checkpoint, or a part of one")
+    sub.add_argument("layer", type=int, metavar="LAYER")
+    sub.add_argument("--experts", metavar="17,203", help="these routed experts (default: the first two that are there)")
+    sub.add_argument("--tokens", type=int, default=4, metavar="N")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.set_defaults(run=run_check_layer)
+
+
+def run_check_layer(options):
+    """A line for each comparison on stdout; an error past its limit ends it with status 2."""
+    from . import layer_check
+    from .checkpoint import Checkpoint
+    from .part import parse_numbers
+
+    if options.tokens < 1 or options.seed < 0:
+        raise K2Error(f"--tokens, --seed: found {options.tokens}, {options.seed}; expected at least 1 and 0.")
+    experts = parse_numbers(options.experts, "--experts") if options.experts is not None else None
+    found = []
+    for result in layer_check.results(Checkpoint(options.model, partial=True), options.layer, experts, options.tokens, options.seed):
+        print(layer_check.line(result), flush=True)
+        found.append(result)
+    layer_check.verdict(options.model, options.layer, found)
 
 
 def add_train(commands):

@@ -120,6 +120,16 @@ def test_a_seed_gives_one_text(checkpoint, capfd):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_first_layers_alone_are_another_text_than_the_whole(checkpoint, capfd):
+    texts = []
+    for flags in (["--layers", "0-1"], ["--layers", "0-2"], []):
+        assert generate(checkpoint, PROMPT, *flags) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] != texts[1] == texts[2]
+    two, tokenizer = k2.load(checkpoint, dtype=torch.float32, layers=2), k2.Tokenizer.from_directory(checkpoint)
+    assert texts[0] == tokenizer.decode(k2.generate(two, tokenizer.encode(PROMPT), 12, stop_ids=tokenizer.stop_ids)) + "\n"
+
+
 # ---- what is refused, with status 2 and one line ----
 
 
@@ -141,6 +151,9 @@ def test_a_seed_gives_one_text(checkpoint, capfd):
         (["x", "--max-new-tokens", "many"], "generate: argument --max-new-tokens: invalid int value: 'many'. All flags: python -m k2 generate --help"),
         (["x", "--temprature", "1"], "unrecognized arguments: --temprature 1"),
         (["x", "--model", "no/such/model"], "no/such/model"),
+        (["x", "--layers", "1-2"], "--layers 1-2: expected the first layers, such as 0-3"),
+        (["x", "--layers", "0-9"], "layers: expected 1 to 3 of them, found 10"),
+        (["x", "--layers", "all"], "--layers all: expected numbers and ranges"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(checkpoint, capfd, arguments, complaint):
@@ -222,6 +235,6 @@ def test_help_names_every_command_and_no_command_is_an_error(capfd):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     printed = capfd.readouterr().out
-    assert ended.value.code == 0 and all(word in printed for word in ("generate", "train", "evaluate", "bench"))
+    assert ended.value.code == 0 and all(word in printed for word in ("generate", "train", "evaluate", "bench", "plan", "inspect", "check-layer"))
     assert main([]) == 2
     assert "the following arguments are required: COMMAND. All flags: python -m k2 --help" in capfd.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
 ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic
-    reading compiled offload tokenizer sampling generation part inspection needs machine plan hub download bench beside
+    reading compiled offload tokenizer sampling generation part inspection needs machine plan published hub download layer_check bench beside
     training/muonclip training/corpus training/evaluation training/curves training/pretraining training/recipe training/facts
     training/experiments training/speed""".split()
 FACES = ("__init__", "__main__", "training/__init__")

@@ -18,10 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from local_hub import REPO, LocalHub
 
+import download_weights
+from k2.__main__ import main
 from k2.checkpoint import DTYPE_NAMES, IGNORED_TENSORS, expected_tensors, filled_model, shard_names
 from k2.config import K2Config
+from k2.hub import Hub
 from k2.moe import resident_experts
 from k2.quantization import FP8Linear
 
@@ -193,16 +198,27 @@ print(json.dumps({"opened": opened, "indexed": indexed, "same": bool(same), "rea
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory through /proc, and needs sparse files of 17 GB")
-def test_a_checkpoint_of_a_terabyte_opens_in_bounded_memory_and_gives_one_expert(tmp_path):
+ONLY_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory through /proc, and needs sparse files of 17 GB")
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """The folder of the sparse checkpoint, and the bytes that it takes on the disk."""
+    folder = tmp_path_factory.mktemp("sparse")
     try:
-        on_disk = write_sparse_checkpoint(tmp_path)
+        yield folder, write_sparse_checkpoint(folder)
     except OSError as error:
         pytest.skip(f"this file system takes no sparse files of this size: {error}")
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+
+
+@ONLY_LINUX
+def test_a_checkpoint_of_a_terabyte_opens_in_bounded_memory_and_gives_one_expert(sparse):
+    folder, on_disk = sparse
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", CHILD, str(here), str(here.parent), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    for path in tmp_path.iterdir():
-        path.unlink()
+    done = subprocess.run([sys.executable, "-c", CHILD, str(here), str(here.parent), str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     print(f"{BYTES:,} bytes in {on_disk:,} on the disk: opened in {found['opened']:.1f} s, the store made after {found['indexed']:.1f} s, {found['peak'] / 1e6:,.0f} MB")
@@ -210,3 +226,57 @@ def test_a_checkpoint_of_a_terabyte_opens_in_bounded_memory_and_gives_one_expert
     assert found["experts"] == 60 * 384 and found["reads"] == 1, f"{found['reads']} reads for an expert whose weights are neighbours"
     assert 44_040_192 <= found["slot"] <= 44_040_192 + 3 * 4096
     assert found["peak"] < 1.5e9, f"opening took {found['peak'] / 1e6:,.0f} MB"
+
+
+@ONLY_LINUX
+def test_a_checkpoint_of_a_terabyte_is_inspected(sparse, capfd):
+    assert main(["inspect", str(sparse[0])]) == 0
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    table = {line[0]: (int(line[1].replace(",", "")), int(line[2].replace(",", ""))) for line in lines[1:11]}
+    assert table["all"] == (TENSORS, BYTES) and table["expert"] == (138_240, 1_014_933_749_760) and table["ignored"] == (61, 6832)
+    assert table["attention"][1] + table["norm"][1] == 6_169_957_728 + 1_998_848 and table["head"] == (2, 2_348_810_240 + 14_336)
+
+
+@ONLY_LINUX
+def test_a_repository_of_a_terabyte_is_inspected_by_its_headers(sparse, capfd, monkeypatch):
+    server = LocalHub(sparse[0], digests={path.name: f"{i:064x}" for i, path in enumerate(sorted(sparse[0].glob("*.safetensors")))})
+    monkeypatch.setattr("k2.hub.Hub", lambda: Hub(server.endpoint))
+    try:
+        assert main(["inspect", REPO, "*.layers.60.mlp.gate.*"]) == 0
+    finally:
+        server.close()
+    out, err = capfd.readouterr()
+    print(f"{server.sent:,} bytes sent")
+    assert len(out.splitlines()) == 2 and "model-61-of-61.safetensors" in out and f"{server.sent:,} bytes read" in err
+    assert 30e6 < server.sent < 34e6
+
+
+@ONLY_LINUX
+def test_a_part_of_a_terabyte_is_fetched_from_a_hub_that_has_it(sparse, tmp_path, monkeypatch, capfd):
+    # The hashes of 17 GB of holes are made up: of a part nobody can check them. 101 MB and one expert cross the network.
+    server = LocalHub(sparse[0], digests={path.name: f"{i:064x}" for i, path in enumerate(sorted(sparse[0].glob("*.safetensors")))})
+    monkeypatch.setattr(download_weights, "Hub", lambda: Hub(server.endpoint))
+    try:
+        flags = ["--layers", "1", "--part", "attention", "--experts", "30:217"]
+        assert download_weights.main([REPO, "--local-dir", str(tmp_path), *flags]) == 0
+        err = capfd.readouterr().err
+    finally:
+        server.close()
+    held = {name: t for path in tmp_path.glob("*.safetensors") for name, t in safetensors.torch.load_file(path).items()}
+    sizes = [tensor_bytes(released_tensors()[name]) for name in held]
+    assert len(held) == 13 + 6 and sum(sizes) == 101_165_280 + 44_050_944
+    for name in held:
+        if name.startswith(MARKED):
+            assert held[name].view(torch.uint8).numpy().tobytes() == marked_bytes(name, tensor_bytes(released_tensors()[name])), name
+    overhead = server.sent - sum(sizes) - (sparse[0] / "config.json").stat().st_size * 2
+    print(f"{server.sent:,} bytes sent for {sum(sizes):,} of tensors; {err.splitlines()[-1]}")
+    index = (sparse[0] / "model.safetensors.index.json").stat().st_size
+    assert 0 < overhead - index < 1_000_000, "besides the tensors only config, index and two headers"
+    assert main(["check-layer", str(tmp_path), "30", "--experts", "217", "--tokens", "1"]) == 0
+
+
+@ONLY_LINUX
+def test_a_checkpoint_of_a_terabyte_is_planned(sparse, capfd, monkeypatch):
+    monkeypatch.setattr("k2.plan.measured_speeds", lambda *_: None)
+    assert main(["plan", str(sparse[0]), "--ram", "64GB", "--gpu-memory", "0", "--ram-bandwidth", "50GB", "--disk-bandwidth", "5GB"]) == 0
+    assert f"with 61 stale buffers of the released file {TENSORS:,} and {BYTES:,}" in capfd.readouterr().out

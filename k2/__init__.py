@@ -5,11 +5,13 @@
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
     quantization, checkpoint, offload                                                  the weights
     tokenizer, sampling, generation                                                    text in, text out
+    chat                                                                               dialogs and tools
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The dozen names below are the public face; everything a user can do wrong raises K2Error.
 """
 
+from .chat import encode_chat, render_chat
 from .checkpoint import Checkpoint, save
 from .config import K2Config, K2Error
 from .generation import generate
@@ -18,4 +20,4 @@ from .model import K2
 from .offload import load
 from .tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "Tokenizer", "generate", "load", "save"]
+__all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "Tokenizer", "encode_chat", "generate", "load", "render_chat", "save"]

@@ -152,6 +152,16 @@ def encode_parts(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     return ids
 
 
+def decode_parts(tokenizer: Tokenizer, ids):
+    """The inverse, as ids come: control tokens as Markers, all else as text, with characters that span tokens whole."""
+    decoder, first = tokenizer.stream(), tokenizer.vocab_size - len(tokenizer.special)
+    for i in ids:
+        if i >= first:
+            yield decoder.finish()
+        yield Marker(decoder.push(i)) if i >= first else decoder.push(i)
+    yield decoder.finish()
+
+
 def checked_style(style: str) -> str:
     """The style, if there is such a one."""
     if style not in STYLES:

@@ -5,7 +5,7 @@
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
     quantization, checkpoint, offload                                                  the weights
     tokenizer, sampling, generation                                                    text in, text out
-    chat, reply                                                                        dialogs and tool calls
+    chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The names below are the public face; everything a user can do wrong raises K2Error.

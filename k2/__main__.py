@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_chat(commands)
     add_train(commands)
     add_experiment(commands)
     add_evaluate(commands)
@@ -72,17 +73,22 @@ def add_generate(commands):
     sub = commands.add_parser("generate", help="continue a text", description="Continue a text, greedy by default.")
     sub.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
     sub.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
+    add_model_flags(sub, max_new_tokens=128, temperature=0.0)
+    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
+    sub.set_defaults(run=run_generate)
+
+
+def add_model_flags(sub, max_new_tokens: int, temperature: float):
+    """Which model, where it runs, and how it chooses."""
     sub.add_argument("--model", default=MINI, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"of one answer (default: {max_new_tokens})")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
+    sub.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy; K2's own setting is 0.6 (default: {temperature:g})")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
-    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
-    sub.set_defaults(run=run_generate)
 
 
 def read_prompt(options) -> str:
@@ -170,6 +176,42 @@ def stream(new_ids, tokenizer: Tokenizer):
         first = times[1] - times[0] if len(times) > 1 else 0.0
         rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
         print(f"{len(times) - 1} tokens; the first after {first:.2f} s{rate}", file=sys.stderr)
+
+
+def add_chat(commands):
+    """python -m k2 chat"""
+    sub = commands.add_parser("chat", help="talk to a model", description="A chat: answers on stdout, all else on stderr. Inside, /help lists the commands.")
+    add_model_flags(sub, max_new_tokens=512, temperature=0.6)
+    sub.add_argument("--style", default="auto", choices=("auto", "instruct", "thinking"), help="the chat format (default: the checkpoint's own template, or its family's)")
+    sub.add_argument("--system", metavar="TEXT", help="the system message")
+    sub.add_argument("--tools", metavar="FILE.py", help="offer its functions; each call is run after you have said y")
+    sub.add_argument("--web-search", action="store_true", help="offer $web_search, answered offline from this repository's lessons and code")
+    sub.add_argument("--json", action="store_true", help="every answer is a JSON object")
+    sub.add_argument("--schema", metavar="FILE", help="every answer is JSON of this JSON Schema")
+    sub.add_argument("--load", metavar="FILE", help="take up a dialog that /save wrote")
+    sub.set_defaults(run=run_chat)
+
+
+def run_chat(options):
+    """Load the model, say what it is, and read lines."""
+    from . import terminal
+
+    if options.max_new_tokens < 1:
+        raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 1 or more.")
+    schema = terminal.read_json(options.schema) if options.schema else True if options.json else None
+    tokenizer, device = Tokenizer.from_directory(options.model), pick_device(options.device)
+    style = terminal.style_of(options.model, tokenizer) if options.style == "auto" else options.style
+    model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram))
+    chat = terminal.Chat(
+        model, tokenizer, style, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        seed=options.seed, schema=schema, web_search=options.web_search, ask=terminal.read_line)  # fmt: skip
+    for given, take in ((options.load, chat.load), (options.system, chat.system), (options.tools, chat.offer)):
+        if given:
+            take(given)
+    print(f"{options.model} on {device}, {model.config.max_position_embeddings} tokens of context. /help lists the commands.", file=sys.stderr)
+    if Path(options.model).resolve() == MINI.resolve():
+        print("K2-mini is a base model of Python code that was never taught to chat: expect more code, not answers.", file=sys.stderr)
+    chat.run()
 
 
 def add_train(commands):

@@ -281,6 +281,8 @@ class CallConstraint:
         """Whether the section of calls is closed."""
         return self._state == "end"
 
+    complete = done  # of a text nobody knows whether it is
+
     def mask(self, left: int) -> torch.Tensor:
         """As Constraint.mask. Nothing is begun that cannot be ended within the limit."""
         if self._state == "text":
@@ -300,7 +302,10 @@ class CallConstraint:
         elif i == self.vocabulary.special[CALL]:
             self._state, self._inner, self._id = "id", Grammar.of_texts(self.vocabulary, list(self._ids())).start(), b""
         elif i == self.vocabulary.special[ARGUMENTS]:
-            self._state, self._inner = "arguments", self._grammars[self._ids()[self._id.decode()]].start()
+            name = self._ids().get(self._id.decode(errors="replace"))
+            if self._state != "id" or name is None:
+                raise K2Error(f"constraint: {self._id!r} is not the id of the next call. Choose among the ids that the mask allows.")
+            self._state, self._inner = "arguments", self._grammars[name].start()
         elif i == self.vocabulary.special[CALL_END]:
             self._state, self.number = "call ended", self.number + 1
             self._call = self._call_at_most()

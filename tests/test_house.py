@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
 ORDER = """config reference quantization norm rope embedding kv_cache attention router expert moe decoder model checkpoint offload tokenizer
-    sampling generation chat reply grammar constraint bench training/muonclip training/corpus training/evaluation training/curves
+    sampling generation chat reply grammar constraint tools terminal bench training/muonclip training/corpus training/evaluation training/curves
     training/pretraining training/recipe training/facts training/experiments training/speed""".split()
 FACES = ("__init__", "__main__", "training/__init__")
 # Each third-party package and the files that may import it; torch and numpy are everywhere but where a test below says otherwise.

@@ -336,13 +336,14 @@ def add_bench(commands):
     sub = commands.add_parser("bench", help="speed beside transformers", description="Prefill and decode of one checkpoint, in turn with transformers.")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
     sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
+    sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each measured process runs")
     sub.set_defaults(run=run_bench)
 
 
 def run_bench(options):
     """The table, or one measurement of it."""
-    from . import bench
+    from . import bench, mask_bench
     from .training import speed
 
     if options.child:
@@ -351,6 +352,8 @@ def run_bench(options):
         print(json.dumps(measure(engine, directory, *map(int, counts))))
     elif options.rounds < 1:
         raise K2Error(f"--rounds: found {options.rounds}; expected 1 or more.")
+    elif options.mask:
+        mask_bench.bench()
     elif options.train:
         speed.compare(MINI, options.rounds)
     else:

@@ -77,6 +77,7 @@ class Grammar:
 
     def _begin_with(self, vocabulary: Vocabulary, node):
         self.vocabulary, self.first = vocabulary, ((grammar.Value(node, 0), ()),)
+        self.walks = 0  # over the trie so far, for the benchmark
         self._forget()
 
     def _forget(self):
@@ -84,7 +85,7 @@ class Grammar:
         self.states, self.number = [()], {(): 0}
         self.rows, self.filled = np.zeros((256, 256), np.int32), np.zeros(256, bool)
         self.filled[0] = True
-        self._masks, self._needs, self._endings = {}, {0: 0}, {}
+        self._masks, self._needs, self._endings, self._walked = {}, {0: 0}, {}, (0, None)
 
     def start(self) -> "Constraint":
         """A constraint at the beginning of a document."""
@@ -125,6 +126,9 @@ class Grammar:
 
     def walk(self, s: int) -> np.ndarray:
         """The state behind each token, (W,); 0 where it does not fit."""
+        if self._walked[0] == s:  # near the limit the same walk is asked for twice
+            return self._walked[1]
+        self.walks += 1
         behind_W, states = np.zeros(self.vocabulary.width, np.int32), np.array([s], np.int32)
         for parent, byte, ids, nodes in self.vocabulary.levels:
             for new in np.unique(states[~self.filled[states]]):
@@ -133,6 +137,7 @@ class Grammar:
             behind_W[ids] = states[nodes]
             if not states.any():
                 break
+        self._walked = s, behind_W
         return behind_W
 
     # ---- masks ----

@@ -466,4 +466,65 @@ MUTANTS = (
         "map(re.escape, (*MARKERS, THINK_END))", "map(re.escape, (THINK_END,))",
         "tests/test_reply.py::test_a_reply_is_read_as_it_was_meant",
     ),
+    # ---- constrained text ----
+    Mutant(
+        "numbers with a zero in front", "grammar.py",
+        "\"zero\": [(b\".\", \"point\"), (b\"eE\", \"e\")]", "\"zero\": [(DIGIT, \"whole\"), (b\".\", \"point\"), (b\"eE\", \"e\")]",
+        "tests/test_grammar.py::test_all_short_texts_are_documents_just_when_python_says_so",
+    ),
+    Mutant(
+        "bytes above 127 pass in strings whether or not they are UTF-8", "grammar.py",
+        "(span(0xC2, 0xDF), \"1 more\")", "(span(0x80, 0xDF), \"1 more\")",
+        "tests/test_grammar.py::test_every_byte_sequence_in_a_string_passes_just_when_it_is_utf8",
+    ),
+    Mutant(
+        "half a surrogate pair in an escape", "grammar.py",
+        "(b\"89abAB\", \"high 2\")", "(b\"89abAB\", \"2 hex\")",
+        "tests/test_grammar.py::test_escapes_of_surrogates_come_in_pairs",
+    ),
+    Mutant(
+        "an object may end without its required members", "grammar.py",
+        "if self.object.required <= self.seen:", "if True:",
+        "tests/test_grammar.py::test_members_come_in_any_order_but_only_once",
+    ),
+    Mutant(
+        "a comma before the closing brace", "grammar.py",
+        "if self.first and not self.object.required:", "if not self.object.required:",
+        "tests/test_grammar.py::test_all_short_texts_are_documents_just_when_python_says_so",
+    ),
+    Mutant(
+        "length counts bytes and not characters", "grammar.py",
+        "begins = self.where == \"\"", "begins = self.where == \"\" or \"more\" in self.where",
+        "tests/test_grammar.py::test_lengths_count_characters_and_elements",
+    ),
+    Mutant(
+        "a token judged by its first byte", "constraint.py",
+        "behind_W[ids] = states[nodes]", "behind_W[[i for i, t in enumerate(self.vocabulary.tokens) if self.rows[s, t[0]]]] = s",
+        "tests/test_constraint.py::test_a_mask_is_what_trying_every_token_gives",
+    ),
+    Mutant(
+        "the limit noticed one token too late", "constraint.py",
+        "if left > most:", "if left >= most:",
+        "tests/test_constraint.py::test_the_longest_choice_at_every_step_still_ends_in_time",
+    ),
+    Mutant(
+        "a document cut at the limit", "constraint.py",
+        "if left > most:", "if True:",
+        "tests/test_constraint.py::test_sampled_documents_always_parse_and_end_within_every_limit",
+    ),
+    Mutant(
+        "a stop token allowed before the document is complete", "constraint.py",
+        "            if is_complete(stacks):\n", "            if True:\n",
+        "tests/test_constraint.py::test_a_stop_id_is_allowed_just_where_the_document_is_complete",
+    ),
+    Mutant(
+        "every call has the same number", "constraint.py",
+        "self._state, self.number = \"call ended\", self.number + 1", "self._state, self.number = \"call ended\", self.number",
+        "tests/test_constraint.py::test_constrained_calls_are_in_form_of_declared_tools_and_fit_their_schemas",
+    ),
+    Mutant(
+        "the mask not applied", "sampling.py",
+        "if allowed_W is not None:", "if False:",
+        "tests/test_constraint.py::test_any_object_that_keeps_the_contract_is_a_constraint",
+    ),
 )  # fmt: skip

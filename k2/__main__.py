@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_chat(commands)
     add_train(commands)
     add_experiment(commands)
     add_evaluate(commands)
@@ -80,19 +81,25 @@ def add_generate(commands):
     sub = commands.add_parser("generate", help="continue a text", description="Continue a text, greedy by default.")
     sub.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
     sub.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
+    add_model_flags(sub, max_new_tokens=128, temperature=0.0)
+    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
+    sub.set_defaults(run=run_generate)
+
+
+def add_model_flags(sub, max_new_tokens: int, temperature: float):
+    """Which model, where it runs, and how it chooses."""
     sub.add_argument("--model", default=MINI, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"of one answer (default: {max_new_tokens})")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
     sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU: faster tokens after some seconds of compiling")
+    sub.add_argument("--experts-on", default="device", choices=("device", "cpu"), help="cpu: with a GPU, experts stay in RAM and compute there; rounds differently, and pays where RAM is faster than the bus")
     sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
+    sub.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy; K2's own setting is 0.6 (default: {temperature:g})")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
-    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
-    sub.set_defaults(run=run_generate)
 
 
 def read_prompt(options) -> str:
@@ -142,11 +149,11 @@ def run_generate(options):
     check_flags(options)
     text, device = read_prompt(options), pick_device(options.device)
     tokenizer = Tokenizer.from_directory(options.model)
-    started, layers = time.perf_counter(), first_layers(options.layers)
+    started = time.perf_counter()
     if options.backend == "numpy":
-        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=layers)  # the reference needs all weights in any case
+        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=first_layers(options.layers))  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), layers, options.compile)
+        model = loaded(options, device)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -168,6 +175,12 @@ def first_layers(text: str | None) -> int | None:
     if numbers is not None and numbers != tuple(range(len(numbers))):
         raise K2Error(f"--layers {text}: expected the first layers, such as 0-3; a model cannot begin in its middle. check-layer runs one layer.")
     return len(numbers) if numbers is not None else None
+
+
+def loaded(options, device: torch.device):
+    """The model that the flags of add_model_flags describe."""
+    return load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram),
+                first_layers(options.layers), options.compile, options.experts_on)  # fmt: skip
 
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):
@@ -309,6 +322,42 @@ def run_check_layer(options):
     layer_check.verdict(options.model, options.layer, found)
 
 
+def add_chat(commands):
+    """python -m k2 chat"""
+    sub = commands.add_parser("chat", help="talk to a model", description="A chat: answers on stdout, all else on stderr. Inside, /help lists the commands.")
+    add_model_flags(sub, max_new_tokens=512, temperature=0.6)
+    sub.add_argument("--style", default="auto", choices=("auto", "instruct", "thinking"), help="the chat format (default: the checkpoint's own template, or its family's)")
+    sub.add_argument("--system", metavar="TEXT", help="the system message")
+    sub.add_argument("--tools", metavar="FILE.py", help="offer its functions; each call is run after you have said y")
+    sub.add_argument("--web-search", action="store_true", help="offer $web_search, answered offline from this repository's lessons and code")
+    sub.add_argument("--json", action="store_true", help="every answer is a JSON object")
+    sub.add_argument("--schema", metavar="FILE", help="every answer is JSON of this JSON Schema")
+    sub.add_argument("--load", metavar="FILE", help="take up a dialog that /save wrote")
+    sub.set_defaults(run=run_chat)
+
+
+def run_chat(options):
+    """Load the model, say what it is, and read lines."""
+    from . import terminal
+
+    if options.max_new_tokens < 1:
+        raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 1 or more.")
+    schema = terminal.read_json(options.schema) if options.schema else True if options.json else None
+    tokenizer, device = Tokenizer.from_directory(options.model), pick_device(options.device)
+    style = terminal.style_of(options.model, tokenizer) if options.style == "auto" else options.style
+    model = loaded(options, device)
+    chat = terminal.Chat(
+        model, tokenizer, style, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        seed=options.seed, schema=schema, web_search=options.web_search, ask=terminal.read_line)  # fmt: skip
+    for given, take in ((options.load, chat.load), (options.system, chat.system), (options.tools, chat.offer)):
+        if given:
+            take(given)
+    print(f"{options.model} on {device}, {model.config.max_position_embeddings} tokens of context. /help lists the commands.", file=sys.stderr)
+    if Path(options.model).resolve() == MINI.resolve():
+        print("K2-mini is a base model of Python code that was never taught to chat: expect more code, not answers.", file=sys.stderr)
+    chat.run()
+
+
 def add_train(commands):
     """python -m k2 train"""
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources, or a checkpoint further", description="Train a model; resumes if --out holds a state.")
@@ -444,6 +493,7 @@ def add_bench(commands):
     sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
     sub.add_argument("--format", default="fp8", choices=("bf16", "fp8", "int4"), help="with --write")
     sub.add_argument("--layers", type=int, metavar="N", help="with --write: so many layers")
+    sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
     sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
     sub.set_defaults(run=run_bench)
@@ -451,7 +501,7 @@ def add_bench(commands):
 
 def run_bench(options):
     """The table, the comparison, or one measurement of either."""
-    from . import bench, beside, synthetic
+    from . import bench, beside, mask_bench, synthetic
     from .training import speed
 
     for name in ("rounds", "prompt", "new"):
@@ -461,6 +511,8 @@ def run_bench(options):
         engine, directory, *counts = options.child
         measured = speed.child(engine, directory, *map(int, counts)) if engine in speed.ENGINES else beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
         print(json.dumps(measured))
+    elif options.mask:
+        mask_bench.bench()
     elif options.train:
         speed.compare(MINI, options.rounds)
     elif options.directory is None:
@@ -473,9 +525,17 @@ def run_bench(options):
     elif options.beside:
         beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
     else:
-        settings = {"device": options.device, "dtype": options.dtype, "gpu_memory": parse_size(options.gpu_memory), "prompt": options.prompt, "new": options.new, "compiled": options.compile}
-        result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)
-        print(json.dumps(result) if options.json else bench.table(result))
+        print_budgets(options)
+
+
+def print_budgets(options):
+    """The table, or all its figures."""
+    from . import bench
+
+    settings = {name: getattr(options, name) for name in ("device", "dtype", "prompt", "new")}
+    settings |= {"gpu_memory": parse_size(options.gpu_memory), "compiled": options.compile}
+    result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)
+    print(json.dumps(result) if options.json else bench.table(result))
 
 
 if __name__ == "__main__":

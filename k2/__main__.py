@@ -493,6 +493,7 @@ def add_bench(commands):
     sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
     sub.add_argument("--format", default="fp8", choices=("bf16", "fp8", "int4"), help="with --write")
     sub.add_argument("--layers", type=int, metavar="N", help="with --write: so many layers")
+    sub.add_argument("--replay", action="store_true", help="hit rates of K2-mini's own routing by policy, and how right guesses are, instead")
     sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
     sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
@@ -513,6 +514,8 @@ def run_bench(options):
         print(json.dumps(measured))
     elif options.mask:
         mask_bench.bench()
+    elif options.replay:
+        print_replay()
     elif options.train:
         speed.compare(MINI, options.rounds)
     elif options.directory is None:
@@ -526,6 +529,17 @@ def run_bench(options):
         beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
     else:
         print_budgets(options)
+
+
+def print_replay():
+    """K2-mini's routing on code that it never saw and on these lessons' prose."""
+    from . import routes
+    from .training import evaluation
+
+    model, tokenizer = load(MINI), Tokenizer.from_directory(MINI)
+    prose = "".join(path.read_text(encoding="utf-8") for path in sorted((MINI.parent.parent / "lessons").glob("[0-9]*.md")))
+    texts = {"code": evaluation.held_out_text(), "prose": prose}
+    print(routes.table({name: routes.record(model, tokenizer.encode(text)[:8192]) for name, text in texts.items()}))
 
 
 def print_budgets(options):

@@ -128,7 +128,10 @@ def keep_freed_memory():
 
 
 def forget_pages(tensor):
-    """Let the process give back the pages of a tensor that lies in a file's map; a later use brings them again. Linux."""
+    """Let the process give back the whole pages of a tensor that lies in a file's map, and of no other: there a later use
+    brings them again, elsewhere their content would be lost. Linux."""
+    if not tensor.is_contiguous():
+        return
     size = tensor.numel() * tensor.element_size()
     begin = -(-tensor.data_ptr() // PAGE) * PAGE
     whole = (tensor.data_ptr() + size) // PAGE * PAGE - begin

@@ -346,6 +346,10 @@ class Checkpoint:
         name = self.config.tensor_prefix + name
         return self._shards[self.weight_map[name]].get_tensor(name)
 
+    def let_go(self, name: str):
+        """Give back the map's pages of a tensor that was copied: they would count as memory."""
+        forget_pages(self.tensor(name))
+
     def check_unchanged(self):
         """Raise K2Error if a shard is no longer the file that was opened. The map would show another program's writing in
         silence, and a page that was cut off ends this one. What changes between this look and the use is not seen."""
@@ -440,21 +444,16 @@ def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
         check_int4_shape(checkpoint, name, parts)
         if at_rest:
             return linear_at_rest(parts, device, device.type == "cpu")
-        return plain_linear(widened(int4_dequantize(parts["weight_packed"], parts["weight_scale"], wide), parts["weight_packed"]), device)
+        return plain_linear(int4_dequantize(parts["weight_packed"], parts["weight_scale"], wide), device)
     weight_OI = (checkpoint.tensor if ".experts." in name else checkpoint.finite)(f"{name}.weight")
     if weight_OI.dtype != torch.float8_e4m3fn:
-        return plain_linear(widened(weight_OI.to(wide), weight_OI), device)
+        return plain_linear(weight_OI.to(wide), device)
     scale_BG = checkpoint.scale(f"{name}.weight_scale_inv")
     if at_rest:
         return linear_at_rest({"weight": weight_OI, "weight_scale_inv": scale_BG}, device, device.type == "cpu")
-    return plain_linear(widened(fp8_dequantize(weight_OI, scale_BG, wide), weight_OI), device)
-
-
-def widened(weight_OI, stored):
-    """The first of the two. Where it is a copy, the map's pages of the second are let go: they would count as memory."""
-    if weight_OI.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
-        forget_pages(stored)
-    return weight_OI
+    linear = plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)
+    checkpoint.let_go(f"{name}.weight")
+    return linear
 
 
 def linear_at_rest(parts: dict, device, by_codes: bool, own: bool = False) -> nn.Module:

@@ -493,6 +493,7 @@ def add_bench(commands):
     sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
     sub.add_argument("--format", default="fp8", choices=("bf16", "fp8", "int4"), help="with --write")
     sub.add_argument("--layers", type=int, metavar="N", help="with --write: so many layers")
+    sub.add_argument("--context", type=int, nargs="+", metavar="N", help="what a token costs behind so many others instead, such as 1024 8192 32768 131072")
     sub.add_argument("--replay", action="store_true", help="hit rates of K2-mini's own routing by policy, and how right guesses are, instead")
     sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
@@ -525,6 +526,8 @@ def run_bench(options):
         synthetic.write(synthetic.preset(options.write, instruct, options.layers), options.format, options.directory)
     elif options.alone:
         print(json.dumps(bench.alone(options.directory, json.loads(options.alone))))
+    elif options.context:
+        print(bench.context_table(bench.long_context(options.directory, options.context, options.dtype)))
     elif options.beside:
         beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
     else:

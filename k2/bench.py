@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ import torch
 from .ceilings import bus_bandwidth, device_bandwidth, disk_bandwidth, peak_megabytes, ram_bandwidth
 from .checkpoint import DTYPES, Checkpoint
 from .config import K2Error
-from .generation import decode, prefill
+from .generation import CHUNK, decode, prefill
 from .kv_cache import LatentCache
 from .offload import load, store_of, weight_bytes
 
@@ -97,6 +98,51 @@ def alone(directory, settings: dict) -> dict:
             "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
             "active_bytes": active_bytes(directory, settings), "before": before, "peak": peak_megabytes(), "slots": len(store.ram.rooms) if store else 0,
             "gpu_peak": torch.cuda.max_memory_allocated() / 1e6 if settings["device"] == "cuda" else 0.0, "last_id": i}  # fmt: skip
+
+
+def long_context(directory, lengths: list[int], dtype: str) -> list[dict]:
+    """For each context length: seconds of a decoded token and of a prompt's chunk behind so many tokens, the cache's bytes
+    and the process' peak. The past is made of random latents, as reading a prompt of that length would take hours."""
+    model = load(directory, dtype=DTYPES[dtype])
+    model.config = replace(model.config, max_position_embeddings=max(lengths) + CHUNK + WARM_UP + 8)  # K2-mini's is shorter
+    rows = []
+    for length in sorted(lengths):
+        cache = filled_cache(model, length)
+        chunk = [seconds_of(lambda: model(torch.arange(CHUNK) % model.config.vocab_size, trimmed(cache, length), slice(-1, None))) for _ in range(2)]
+        token = [seconds_of(lambda: decode(model, 1, trimmed(cache, length))) for _ in range(WARM_UP + 5)]
+        size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.c_kv_MC, layer.k_rope_MR))
+        rows.append({"length": length, "token": median(token[WARM_UP:]), "chunk": min(chunk), "cache": size, "peak": peak_megabytes()})
+    return rows
+
+
+def filled_cache(model, length: int) -> LatentCache:
+    """A cache that holds so many random latents of ordinary size."""
+    c, x = model.config, model.model.embed_tokens.weight
+    cache, dtype = LatentCache(c), model.model.layers[0].self_attn.kv_b_proj.weight.dtype
+    for layer in cache.layers:
+        layer.append(torch.randn(length, c.kv_lora_rank, dtype=dtype, device=x.device), torch.randn(length, c.qk_rope_head_dim, dtype=dtype, device=x.device))
+    cache.advance(length)
+    return cache
+
+
+def trimmed(cache: LatentCache, length: int) -> LatentCache:
+    """The cache, back at a length."""
+    cache.advance(length - cache.length)
+    return cache
+
+
+@torch.inference_mode()
+def seconds_of(action) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def context_table(rows: list[dict]) -> str:
+    """The rows in words."""
+    lines = [f"{'context':>9}{'token s':>10}{'chunk s':>10}{'cache MB':>10}{'peak MB':>10}"]
+    return "\n".join(lines + [f"{row['length']:>9}{row['token']:>10.4f}{row['chunk']:>10.3f}{row['cache'] / 1e6:>10.1f}{row['peak']:>10.0f}" for row in rows])
 
 
 def timed_prefill(model, ids: list[int], store):

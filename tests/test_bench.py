@@ -5,6 +5,7 @@ import json
 import pytest
 from small import random_model, small_config
 
+import k2
 from k2 import K2Error, bench
 from k2.__main__ import main
 from k2.checkpoint import save
@@ -60,3 +61,12 @@ def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, 
     assert main(["bench", str(directory), "--new", "0"]) == 2
     assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2
     assert "expected one of mid, big, slice" in capsys.readouterr().err
+
+
+def test_the_cost_of_a_long_context_is_measured_behind_so_many_tokens(directory, capsys):
+    assert main(["bench", str(directory), "--context", "600", "40", "--dtype", "stored"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [int(row.split()[0]) for row in rows[1:]] == [40, 600], "in order, past the model's own window of 512 too"
+    model = k2.load(directory, dtype=None)
+    cache = bench.filled_cache(model, 40)
+    assert cache.length == 40 and bench.trimmed(cache, 12).length == 12

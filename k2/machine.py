@@ -119,18 +119,18 @@ class Speeds:
     layer: float
 
 
-def measured_speeds(config: K2Config, format: str, resident: bool, device: torch.device) -> Speeds:
+def measured_speeds(config: K2Config, format: str, rest: str, resident: bool, device: torch.device) -> Speeds:
     """Both, measured here: each kind by a module of this config's widths less one of a narrow model's, and the layer's
     fixed cost by that narrow model, its experts in memory or, not `resident`, half of them read from disk."""
-    config, narrow = in_format(config, format), in_format(narrow_config(config), format)
+    narrow = narrow_config(config)
     if config.first_k_dense_replace >= config.num_hidden_layers:
         raise K2Error("plan: expected a model with experts in some layer, found none. Its speed is not planned here.")
     rates = {}
     for kind in ("attention", "router", "shared-expert", "expert", "head"):
-        (size, wide), (_, fixed) = module_seconds(config, kind, device), module_seconds(narrow, kind, device)
+        (size, wide), (_, fixed) = (module_seconds(in_format(c, format if kind == "expert" else rest), kind, device) for c in (config, narrow))
         rates[kind] = size / max(wide - fixed, 1e-3 * wide)
     rates |= {"norm": rates["attention"], "dense": rates["shared-expert"]}
-    return Speeds(rates, fixed_layer_seconds(narrow, format, resident, device))
+    return Speeds(rates, fixed_layer_seconds(in_format(narrow, format), format, resident, device))
 
 
 def narrow_config(config: K2Config) -> K2Config:
@@ -203,3 +203,17 @@ def fixed_layer_seconds(narrow: K2Config, format: str, resident: bool, device: t
             i = int(decode(model, i, cache).argmax())
             seconds.append(time.perf_counter() - started)
     return median(seconds) / narrow.num_hidden_layers
+
+
+def decode_seconds(directory, ram: int | None, device: torch.device, count: int) -> float:
+    """Seconds a token that a checkpoint really takes, the median of `count`, after as many to warm up. The ids are drawn,
+    since a random model that goes on by itself soon asks for the same experts again."""
+    model = load(directory, device, ram=ram)
+    cache, seconds = LatentCache(model.config), []
+    ids = torch.randint(0, model.config.vocab_size, (2 * count + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill(model, ids[:1], cache)
+    for i in ids[1:]:
+        started = time.perf_counter()
+        decode(model, i, cache).argmax().item()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[count:])

@@ -5,6 +5,8 @@
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
     quantization, ceilings, checkpoint, offload                                        the weights
     tokenizer, sampling, generation                                                    text in, text out
+    part, inspection, needs, machine, plan, published                                  what a checkpoint holds, and what it takes
+    hub, download, layer_check                                                         the real weights: fetched, and checked
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The dozen names below are the public face; everything a user can do wrong raises K2Error.

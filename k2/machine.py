@@ -151,24 +151,11 @@ def module_seconds(config: K2Config, kind: str, device: torch.device) -> tuple[i
 
     As many copies take turns as make it read memory and not the processor's cache, but no more than a moment's work.
     """
-    layer = config.first_k_dense_replace
-    config = replace(config, num_hidden_layers=layer + 1, vocab_size=min(config.vocab_size, 16384), bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    config = replace(config, n_routed_experts=config.num_experts_per_tok) if kind == "expert" else config
-    checkpoint, name = OnPaper(config), f"model.layers.{layer}."
-    with torch.device("meta"):
-        module, prefix = {
-            "attention": lambda: (MultiHeadLatentAttention(config) if config.q_lora_rank else DirectQueryAttention(config), f"{name}self_attn."),
-            "router": lambda: (Router(config), f"{name}mlp.gate."),
-            "shared-expert": lambda: (Expert(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts), f"{name}mlp.shared_experts."),
-            "expert": lambda: (Expert(config.hidden_size, config.moe_intermediate_size), f"{name}mlp.experts.0."),
-            "head": lambda: (OutputHead(config), "lm_head."),
-        }[kind]()
-    module = filled(checkpoint, prefix, module, None, device)
+    module = module_of(config, kind, device)
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    dtype = DTYPE_NAMES[NAME_OF[config.torch_dtype]]
-    angles = (torch.ones(1, config.qk_rope_head_dim // 2, device=device),) * 2
-    x_TD = torch.randn(1, config.hidden_size, device=device).to(dtype)
-    given = (x_TD, *angles) if kind == "attention" else (x_TD,)
+    angle_TP = torch.ones(1, config.qk_rope_head_dim // 2, device=device)
+    x_TD = torch.randn(1, config.hidden_size, device=device).to(DTYPE_NAMES[NAME_OF[config.torch_dtype]])
+    given = (x_TD, angle_TP, angle_TP) if kind == "attention" else (x_TD,)
 
     @torch.inference_mode()
     def seconds(modules):
@@ -182,6 +169,26 @@ def module_seconds(config: K2Config, kind: str, device: torch.device) -> tuple[i
     count = min(2**28 // size + 1, 512, int(MOMENT / once) + 1)
     modules = [module, *(copy.deepcopy(module) for _ in range(count - 1))]
     return size, median(seconds(modules) for _ in range(5))
+
+
+def module_of(config: K2Config, kind: str, device: torch.device):
+    """The module of a kind in the first layer with experts, as the loader makes it, full of noise. The head is cut to
+    16,384 rows, and of the experts one is made: each row, and each expert, is read alike."""
+    layer = config.first_k_dense_replace
+    config = replace(config, num_hidden_layers=layer + 1, vocab_size=min(config.vocab_size, 16384), bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    config = replace(config, n_routed_experts=config.num_experts_per_tok) if kind == "expert" else config
+    D, F, name = config.hidden_size, config.moe_intermediate_size, f"model.layers.{layer}."
+    attention = MultiHeadLatentAttention if config.q_lora_rank else DirectQueryAttention
+    make, prefix = {
+        "attention": (lambda: attention(config), f"{name}self_attn."),
+        "router": (lambda: Router(config), f"{name}mlp.gate."),
+        "shared-expert": (lambda: Expert(D, F * config.n_shared_experts), f"{name}mlp.shared_experts."),
+        "expert": (lambda: Expert(D, F), f"{name}mlp.experts.0."),
+        "head": (lambda: OutputHead(config), "lm_head."),
+    }[kind]
+    with torch.device("meta"):
+        module = make()
+    return filled(OnPaper(config), prefix, module, None, device)
 
 
 def fixed_layer_seconds(narrow: K2Config, format: str, resident: bool, device: torch.device) -> float:

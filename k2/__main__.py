@@ -246,6 +246,7 @@ def add_plan(commands):
         sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
     sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
     sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
+    sub.add_argument("--decode", type=int, metavar="N", help="of a checkpoint's folder: also decode N tokens on the CPU, and print measured beside planned")
     sub.add_argument("--published", action="store_true", help="instead: the speeds that others report, beside the limits of their machines")
     sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
     sub.add_argument("--json", action="store_true")
@@ -274,11 +275,13 @@ MACHINE = ("ram", "gpu_memory", "disk", "ram_bandwidth", "disk_bandwidth", "bus_
 def run_plan(options):
     """The plan on stdout, the next command last."""
     from . import plan, published
-    from .machine import this_machine
+    from .machine import decode_seconds, this_machine
     from .needs import family_config
 
     if options.published:
         return print(published.page(), end="")
+    if options.decode is not None and (options.decode < 1 or not options.model or not os.path.isdir(options.model)):
+        raise K2Error(f"--decode: found {options.decode} for {options.model}; expected a number of tokens and a checkpoint's folder.")
     if options.context < 0 or (options.hits is not None and not 0 <= options.hits <= 1):
         raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
     config = family_config(options.model) if options.model else None
@@ -289,6 +292,8 @@ def run_plan(options):
         print(plan.as_json(plans, machine))
     elif config:
         print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine)]))
+        if options.decode:
+            print(plan.measured_line(plans[0], decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)))
     else:
         chosen = plan.best(plans)
         print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))

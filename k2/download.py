@@ -329,6 +329,7 @@ def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, 
         finally:
             hub.stop.set()
             pool.shutdown(cancel_futures=True)
+            hub.stop.clear()
     failed = [future.exception() for future in running if not future.cancelled() and future.exception() is not None]
     for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
         raise error

@@ -119,18 +119,18 @@ class Speeds:
     layer: float
 
 
-def measured_speeds(config: K2Config, format: str, resident: bool, device: torch.device) -> Speeds:
+def measured_speeds(config: K2Config, format: str, rest: str, resident: bool, device: torch.device) -> Speeds:
     """Both, measured here: each kind by a module of this config's widths less one of a narrow model's, and the layer's
     fixed cost by that narrow model, its experts in memory or, not `resident`, half of them read from disk."""
-    config, narrow = in_format(config, format), in_format(narrow_config(config), format)
+    narrow = narrow_config(config)
     if config.first_k_dense_replace >= config.num_hidden_layers:
         raise K2Error("plan: expected a model with experts in some layer, found none. Its speed is not planned here.")
     rates = {}
     for kind in ("attention", "router", "shared-expert", "expert", "head"):
-        (size, wide), (_, fixed) = module_seconds(config, kind, device), module_seconds(narrow, kind, device)
+        (size, wide), (_, fixed) = (module_seconds(in_format(c, format if kind == "expert" else rest), kind, device) for c in (config, narrow))
         rates[kind] = size / max(wide - fixed, 1e-3 * wide)
     rates |= {"norm": rates["attention"], "dense": rates["shared-expert"]}
-    return Speeds(rates, fixed_layer_seconds(narrow, format, resident, device))
+    return Speeds(rates, fixed_layer_seconds(in_format(narrow, format), format, resident, device))
 
 
 def narrow_config(config: K2Config) -> K2Config:
@@ -151,24 +151,11 @@ def module_seconds(config: K2Config, kind: str, device: torch.device) -> tuple[i
 
     As many copies take turns as make it read memory and not the processor's cache, but no more than a moment's work.
     """
-    layer = config.first_k_dense_replace
-    config = replace(config, num_hidden_layers=layer + 1, vocab_size=min(config.vocab_size, 16384), bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    config = replace(config, n_routed_experts=config.num_experts_per_tok) if kind == "expert" else config
-    checkpoint, name = OnPaper(config), f"model.layers.{layer}."
-    with torch.device("meta"):
-        module, prefix = {
-            "attention": lambda: (MultiHeadLatentAttention(config) if config.q_lora_rank else DirectQueryAttention(config), f"{name}self_attn."),
-            "router": lambda: (Router(config), f"{name}mlp.gate."),
-            "shared-expert": lambda: (Expert(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts), f"{name}mlp.shared_experts."),
-            "expert": lambda: (Expert(config.hidden_size, config.moe_intermediate_size), f"{name}mlp.experts.0."),
-            "head": lambda: (OutputHead(config), "lm_head."),
-        }[kind]()
-    module = filled(checkpoint, prefix, module, None, device)
+    module = module_of(config, kind, device)
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    dtype = DTYPE_NAMES[NAME_OF[config.torch_dtype]]
-    angles = (torch.ones(1, config.qk_rope_head_dim // 2, device=device),) * 2
-    x_TD = torch.randn(1, config.hidden_size, device=device).to(dtype)
-    given = (x_TD, *angles) if kind == "attention" else (x_TD,)
+    angle_TP = torch.ones(1, config.qk_rope_head_dim // 2, device=device)
+    x_TD = torch.randn(1, config.hidden_size, device=device).to(DTYPE_NAMES[NAME_OF[config.torch_dtype]])
+    given = (x_TD, angle_TP, angle_TP) if kind == "attention" else (x_TD,)
 
     @torch.inference_mode()
     def seconds(modules):
@@ -182,6 +169,26 @@ def module_seconds(config: K2Config, kind: str, device: torch.device) -> tuple[i
     count = min(2**28 // size + 1, 512, int(MOMENT / once) + 1)
     modules = [module, *(copy.deepcopy(module) for _ in range(count - 1))]
     return size, median(seconds(modules) for _ in range(5))
+
+
+def module_of(config: K2Config, kind: str, device: torch.device):
+    """The module of a kind in the first layer with experts, as the loader makes it, full of noise. The head is cut to
+    16,384 rows, and of the experts one is made: each row, and each expert, is read alike."""
+    layer = config.first_k_dense_replace
+    config = replace(config, num_hidden_layers=layer + 1, vocab_size=min(config.vocab_size, 16384), bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    config = replace(config, n_routed_experts=config.num_experts_per_tok) if kind == "expert" else config
+    D, F, name = config.hidden_size, config.moe_intermediate_size, f"model.layers.{layer}."
+    attention = MultiHeadLatentAttention if config.q_lora_rank else DirectQueryAttention
+    make, prefix = {
+        "attention": (lambda: attention(config), f"{name}self_attn."),
+        "router": (lambda: Router(config), f"{name}mlp.gate."),
+        "shared-expert": (lambda: Expert(D, F * config.n_shared_experts), f"{name}mlp.shared_experts."),
+        "expert": (lambda: Expert(D, F), f"{name}mlp.experts.0."),
+        "head": (lambda: OutputHead(config), "lm_head."),
+    }[kind]
+    with torch.device("meta"):
+        module = make()
+    return filled(OnPaper(config), prefix, module, None, device)
 
 
 def fixed_layer_seconds(narrow: K2Config, format: str, resident: bool, device: torch.device) -> float:
@@ -203,3 +210,17 @@ def fixed_layer_seconds(narrow: K2Config, format: str, resident: bool, device: t
             i = int(decode(model, i, cache).argmax())
             seconds.append(time.perf_counter() - started)
     return median(seconds) / narrow.num_hidden_layers
+
+
+def decode_seconds(directory, ram: int | None, device: torch.device, count: int) -> float:
+    """Seconds a token that a checkpoint really takes, the median of `count`, after as many to warm up. The ids are drawn,
+    since a random model that goes on by itself soon asks for the same experts again."""
+    model = load(directory, device, ram=ram)
+    cache, seconds = LatentCache(model.config), []
+    ids = torch.randint(0, model.config.vocab_size, (2 * count + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill(model, ids[:1], cache)
+    for i in ids[1:]:
+        started = time.perf_counter()
+        decode(model, i, cache).argmax().item()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[count:])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPE_BITS, DTYPE_NAMES, FORMATS, NAME_OF, SMALL, expected_tensors, resolved_dtypes
+from .checkpoint import DTYPE_BITS, DTYPE_NAMES, FORMATS, NAME_OF, expected_tensors, resolved_dtypes
 from .config import K2Config, K2Error
 from .part import place_of
 from .quantization import GROUP
@@ -81,13 +81,12 @@ def tensors_by_layer(config: K2Config) -> list[tuple[str, str, tuple[int, ...], 
     return [(name, spec.dtypes[0], spec.shape, layers - dense if f"layers.{dense}." in name else 1) for name, spec in short.items()]
 
 
-def needs(config: K2Config, format: str) -> Needs:
-    """What a model of this config needs in a format."""
-    sizes = by_kind((name, math.prod(shape) * DTYPE_BITS[dtype] // 8 * times) for name, dtype, shape, times in tensors_by_layer(in_format(config, format)))
+def needs(config: K2Config, format: str, rest: str | None = None) -> Needs:
+    """What a model of this config needs in a format; `rest` is that of all but the routed experts where it is another."""
+    sizes = by_kind(stored_sizes(config, rest or format)) | {"expert": by_kind(stored_sizes(config, format)).get("expert", 0)}
     plain = by_kind((name, math.prod(shape) * times) for name, _, shape, times in tensors_by_layer(in_format(config, "bf16")))
     E, K = config.n_routed_experts, config.num_experts_per_tok
     experts = (config.num_hidden_layers - config.first_k_dense_replace) * E
-    routed = sizes.get("expert", 0)
     return Needs(
         format=format,
         weights=sum(plain.values()),
@@ -96,12 +95,17 @@ def needs(config: K2Config, format: str) -> Needs:
         disk=sum(sizes.values()),
         embedding=sizes["embedding"],
         rest={kind: size for kind, size in sizes.items() if kind not in ("embedding", "expert")},
-        routed=routed // E * K,
-        expert=routed // max(experts, 1),
+        routed=sizes["expert"] // E * K,
+        expert=sizes["expert"] // max(experts, 1),
         experts=experts,
         layers=config.num_hidden_layers,
         cache_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * DTYPE_NAMES[NAME_OF[config.torch_dtype]].itemsize,
     )
+
+
+def stored_sizes(config: K2Config, format: str):
+    """(name, bytes) of every tensor in a format, alike layers together."""
+    return ((name, math.prod(shape) * DTYPE_BITS[dtype] // 8 * times) for name, dtype, shape, times in tensors_by_layer(in_format(config, format)))
 
 
 def by_kind(pairs) -> dict[str, int]:
@@ -120,8 +124,8 @@ def stale_buffers(config: K2Config) -> tuple[int, int]:
     return config.num_hidden_layers, config.num_hidden_layers * (config.hidden_size // config.num_attention_heads // 2) * 2
 
 
-def format_in_memory(config: K2Config) -> str:
-    """The format that the program keeps in memory: small models are widened to float32 on a CPU, others stay as stored."""
-    if needs(config, "bf16").weights * 4 > SMALL:  # spares K2 the list of all its tensors
-        return own_format(config)
-    return "fp32" if resolved_dtypes(config, "auto", torch.device("cpu"))[0] == torch.float32 else own_format(config)
+def formats_in_memory(config: K2Config) -> tuple[str, str]:
+    """The formats that the program keeps in memory on a CPU, of the routed experts and of the rest: as resolved_dtypes says."""
+    name = {None: own_format(config), torch.float32: "fp32", torch.bfloat16: "bf16"}
+    of_experts, of_the_rest = resolved_dtypes(config, "auto", torch.device("cpu"))
+    return name[of_experts], name[of_the_rest]

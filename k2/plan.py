@@ -18,7 +18,7 @@ import torch
 
 from .config import K2Config, K2Error
 from .machine import Machine, Speeds, measured_speeds
-from .needs import FAMILY, Needs, family_config, format_in_memory, needs, own_format, stale_buffers
+from .needs import FAMILY, Needs, family_config, formats_in_memory, needs, own_format, stale_buffers
 
 WELL = 1.0  # tokens a second from which on this page says that a machine runs a model well
 
@@ -93,11 +93,11 @@ class Plan:
 
 def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True) -> Plan:
     """Plan a model in the format that the program would keep it in. What needs more disk than is free does not fit."""
-    found, stored = needs(config, format_in_memory(config)), needs(config, own_format(config))
+    found, stored = needs(config, *formats_in_memory(config)), needs(config, own_format(config))
     try:
         resident = sum(shares(found, machine, context)) >= 1
         device = torch.device("cuda" if machine.gpu_memory and torch.cuda.is_available() else "cpu")
-        speeds = measured_speeds(config, found.format, resident, device) if measure else None
+        speeds = measured_speeds(config, *formats_in_memory(config), resident, device) if measure else None
         seconds = seconds_per_token(found, machine, speeds, context, hits)
     except K2Error as error:
         return Plan(name, config, found, None, str(error), None)
@@ -150,6 +150,13 @@ def seconds_lines(p: Plan, machine: Machine) -> list[str]:
     return lines + ([f"but: {p.obstacle}"] if p.obstacle else [])
 
 
+def measured_line(p: Plan, measured: float) -> str:
+    """What a token really took, beside what was planned."""
+    if not p.seconds:
+        return f"measured: {measured:.4g} s a token"
+    return f"measured: {measured:.4g} s a token, {1 / measured:.4g} tokens/s: {p.seconds.planned / measured - 1:+.0%} planned over measured"
+
+
 def family_lines(plans: list[Plan]) -> list[str]:
     """A line for each member: what it takes, and how fast it would be here."""
     lines = [f"{'model':16}{'weights':>11}{'active':>9}{'format':>8}{'disk GB':>10}{'at least GB':>13}{'planned tokens/s':>18}{'limit':>10}"]
@@ -181,7 +188,7 @@ def whole_family(machine: Machine, context: int = 0, hits: float | None = None) 
     plans: list[Plan] = []
     for name in FAMILY:
         config = family_config(name)
-        twin = next((p for p in plans if p.found == needs(config, format_in_memory(config))), None)
+        twin = next((p for p in plans if p.found == needs(config, *formats_in_memory(config))), None)
         plans.append(Plan(name, config, twin.found, twin.seconds, twin.obstacle, twin.speeds) if twin else plan(name, config, machine, context, hits))
     return plans
 

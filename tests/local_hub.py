@@ -79,6 +79,7 @@ class Answer(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 10
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
     server: LocalHub
 
     def log_message(self, *arguments):

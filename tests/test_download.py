@@ -448,6 +448,14 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(fetch, hub, source, t
     same_folders(tmp_path / "w", source)
 
 
+def test_the_progress_line_has_rate_and_time_left(monkeypatch):
+    clock = iter([100.0, 110.0, 110.0])
+    monkeypatch.setattr(download_weights.time, "monotonic", lambda: next(clock))
+    progress = download_weights.Progress(3_000_000_000)
+    progress.add(1_000_000_000)
+    assert progress.line() == "1.00 of 3.00 GB, 33.3%, 100.0 MB/s, 0:00:20 left"
+
+
 # ---- a part ----
 
 
@@ -470,7 +478,7 @@ def test_a_part_equals_the_whole_tensor_for_tensor_and_moves_no_other_byte(fetch
     status, err = fetch(*flags)
     assert status == 0, err
     folder, whole = tmp_path / "w", stored(source)
-    part = download_weights.parse_part(*(None if flag == "--layers" else [] for flag in ("--layers", "--experts", "--part"))) if not flags else k2_part(flags)
+    part = k2_part(flags)
     same_tensors(stored(folder), {name: t for name, t in whole.items() if part.takes(name)})
     assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert json.loads((folder / RECORD).read_text())["part"] == json.loads(json.dumps(part.to_dict()))

@@ -110,4 +110,4 @@ def test_the_made_up_checkpoint_has_every_dtype_and_finite_numbers():
 
 def test_a_model_without_experts_is_refused():
     with pytest.raises(K2Error, match="expected a model with experts"):
-        machine.measured_speeds(config(first_k_dense_replace=3), "bf16", True, CPU)
+        machine.measured_speeds(config(first_k_dense_replace=3), "bf16", "bf16", True, CPU)

@@ -9,7 +9,7 @@ from small import random_model, small_config
 
 import k2
 from k2.checkpoint import FORMATS
-from k2.needs import FAMILY, family_config, format_in_memory, in_format, needs, own_format, stale_buffers
+from k2.needs import FAMILY, family_config, formats_in_memory, in_format, needs, own_format, stale_buffers
 from k2.offload import ExpertStore, weight_bytes
 
 INSTRUCT = needs(family_config("instruct"), "fp8")  # read: the copy of moonshotai's own config.json
@@ -97,7 +97,9 @@ def test_an_expert_takes_a_slot_of_its_weights_and_a_little_more(tmp_path):
 
 
 def test_small_models_are_widened_on_a_cpu_and_large_ones_stay_as_stored():
-    assert [format_in_memory(family_config(name)) for name in ("mini", "instruct", "thinking", "moonlight")] == ["fp32", "fp8", "int4", "bf16"]
+    assert [formats_in_memory(family_config(name)) for name in ("mini", "instruct", "thinking", "moonlight")] == [(f, f) for f in ("fp32", "fp8", "int4", "bf16")]
+    mixed = needs(family_config("instruct"), "fp8", "bf16")
+    assert mixed.rest == needs(family_config("instruct"), "bf16").rest and (mixed.routed, mixed.expert) == (INSTRUCT.routed, INSTRUCT.expert)
     assert own_format(replace(family_config("moonlight"), torch_dtype="float32")) == "fp32"
 
 

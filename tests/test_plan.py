@@ -1,10 +1,11 @@
 """The planner's formula on numbers that can be checked by hand, and its words. What it measures, test_machine looks at."""
 
 import json
+import re
 
 import pytest
 import torch
-from small import small_config
+from small import random_model, small_config
 
 import k2
 from k2 import machine, plan
@@ -129,7 +130,7 @@ FLAGS = ["--ram", "128GB", "--gpu-memory", "0", "--disk", "2TB", "--ram-bandwidt
 def fixed_speeds(monkeypatch):
     """Nothing is measured: every product takes 10 GB/s, every layer 1 ms. Yields what was asked for."""
     asked = []
-    monkeypatch.setattr(plan, "measured_speeds", lambda config, format, resident, device: asked.append((format, resident, device.type)) or speeds())
+    monkeypatch.setattr(plan, "measured_speeds", lambda config, format, rest, resident, device: asked.append((format, resident, device.type)) or speeds())
     for name in ("ram_bandwidth", "disk_bandwidth", "bus_bandwidth", "device_bandwidth"):
         monkeypatch.setattr(machine.ceilings, name, None)
     return asked
@@ -177,9 +178,20 @@ def test_a_machine_with_a_gpu_shows_its_bus(capfd, fixed_speeds):
     assert "GPU 24.0 GB at 1,000.0 GB/s, behind a bus of 25.0 GB/s" in out and "at 25.00 GB/s" in out
 
 
+@pytest.mark.parametrize("ram", [[], ["--ram", "300KB"]])
+def test_a_checkpoint_is_decoded_and_measured_stands_beside_planned(capfd, fixed_speeds, tmp_path, ram):
+    k2.save(random_model(small_config(torch_dtype="bfloat16")), tmp_path / "c", format="fp32")
+    flags = FLAGS if not ram else [*ram, *FLAGS[2:]]
+    status, out, _ = run(capfd, str(tmp_path / "c"), *flags[(0 if ram else 2) :], *([] if ram else ["--ram", "1GB"]), "--decode", "3")
+    found = re.fullmatch(r"measured: (\S+) s a token, (\S+) tokens/s: ([+-]\d+)% planned over measured", out.splitlines()[-1])
+    planned = float(re.search(r"planned: (\S+) s a token", out)[1])
+    assert status == 0 and abs(100 * (planned / float(found[1]) - 1) - float(found[3])) < 1
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["instruct", "--decode", "3"], "--decode: found 3 for instruct; expected a number of tokens and a checkpoint's folder"),
         (["nobody"], "nobody: expected one of instruct"),
         (["instruct", "--ram", "much"], "'much'"),
         (["instruct", "--context", "-1"], "--context, --hits: found -1"),

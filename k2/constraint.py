@@ -63,19 +63,14 @@ def trie_levels(tokens: list[bytes]) -> list[tuple]:
 class Grammar:
     """A schema ready to constrain with, and its masks; `start()` begins a document. One serves many documents.
 
-    Without a schema it is JSON Mode: any JSON object. Raises K2Error, naming the place, for what cannot be enforced."""
+    Without a schema it is JSON Mode: any JSON object; with `texts` it is no JSON, but one of these, word for word. Raises
+    K2Error, naming the place, for what cannot be enforced."""
 
-    def __init__(self, vocabulary: Vocabulary, schema=None):
-        self._begin_with(vocabulary, grammar.any_object() if schema is None else grammar.compiled(schema))
-
-    @classmethod
-    def of_texts(cls, vocabulary: Vocabulary, texts: list[str]) -> "Grammar":
-        """One of some texts, word for word, instead of JSON."""
-        made = cls.__new__(cls)
-        made._begin_with(vocabulary, grammar.Literals(tuple(text.encode() for text in texts)))
-        return made
-
-    def _begin_with(self, vocabulary: Vocabulary, node):
+    def __init__(self, vocabulary: Vocabulary, schema=None, texts: list[str] | None = None):
+        if texts:
+            node = grammar.Literals(tuple(text.encode() for text in texts))
+        else:
+            node = grammar.any_object() if schema is None else grammar.compiled(schema)
         self.vocabulary, self.first = vocabulary, ((grammar.Value(node, 0), ()),)
         self.walks = 0  # over the trie so far, for the benchmark
         self._forget()
@@ -305,7 +300,7 @@ class CallConstraint:
         if self._state == "text":
             self._state = "section" if i == self.vocabulary.special[CALLS] else "text"
         elif i == self.vocabulary.special[CALL]:
-            self._state, self._inner, self._id = "id", Grammar.of_texts(self.vocabulary, list(self._ids())).start(), b""
+            self._state, self._inner, self._id = "id", Grammar(self.vocabulary, texts=list(self._ids())).start(), b""
         elif i == self.vocabulary.special[ARGUMENTS]:
             name = self._ids().get(self._id.decode(errors="replace"))
             if self._state != "id" or name is None:

@@ -370,6 +370,12 @@ def test_what_is_no_message_is_refused_by_place(messages, words):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("tools", [{"type": "function"}, "add", [print]])
+def test_tools_that_are_no_list_of_objects_are_refused(tools):
+    with pytest.raises(K2Error, match="tools: found .*; expected a list of objects"):
+        render_chat([HI], tools)
+
+
 def test_other_styles_are_refused_by_name():
     with pytest.raises(K2Error, match="style: found 'k2.5'; expected instruct or thinking"):
         render_chat([HI], style="k2.5")

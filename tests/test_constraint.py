@@ -15,7 +15,7 @@ import k2
 from k2 import K2Error, generate, parse_reply
 from k2.__main__ import MINI
 from k2.chat import CALLS, CALLS_END, decode_parts
-from k2.constraint import CallConstraint, Constraint, Grammar, Vocabulary, fewest_tokens, trie_levels
+from k2.constraint import CallConstraint, Constraint, Grammar, ThoughtFirst, Vocabulary, fewest_tokens, trie_levels
 from k2.grammar import any_object, closing, compiled
 from k2.tokenizer import RESERVED
 
@@ -325,6 +325,37 @@ def test_any_object_that_keeps_the_contract_is_a_constraint():
 
     ids = list(generate(random_model(small_config(), 0), [1, 2], 20, constraint=Even()))
     assert len(ids) == 5 and all(i % 2 == 0 for i in ids)
+
+
+# ---- a thought before the document ----
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_thought_comes_first_or_not_at_all_and_leaves_room_for_the_document(begun):
+    rng, thoughts = random.Random(5), 0
+    for n in range(60):
+        constraint = ThoughtFirst(grammar("person").start(), begun)
+        limit = grammar("person").start().shortest + n % 20 + begun
+        ids = sampled(constraint, limit, rng)
+        assert len(ids) <= limit and constraint.complete
+        reply = parse_reply("".join(decode_parts(tokenizer(), ids)), thinking=begun)
+        assert accepts(node("person"), reply["content"]), reply
+        thoughts += reply["reasoning_content"] is not None
+    assert thoughts > 5
+    with pytest.raises(K2Error, match="expected at least"):
+        ThoughtFirst(grammar("person").start(), begun).check(grammar("person").start().shortest - 1 + begun, vocabulary().width)
+
+
+def test_a_thought_is_free_text_without_control_tokens_and_cannot_stop():
+    constraint = ThoughtFirst(grammar("json mode").start())
+    constraint.accept(tokenizer().special["<think>"])
+    allowed = set(constraint.mask(99).nonzero().flatten().tolist())
+    assert allowed == {*range(len(vocabulary().tokens)), tokenizer().special["</think>"]}
+
+
+def test_a_tokenizer_without_thoughts_has_none_to_wait_for():
+    with pytest.raises(K2Error, match="the tokenizer has no <think>"):
+        ThoughtFirst(Grammar(mini()[2]).start())
 
 
 # ---- calls ----

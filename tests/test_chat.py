@@ -171,9 +171,10 @@ def test_a_checkpoints_jinja_template_gives_the_same_strings_and_ids(style):
         conversation = random_conversation(seed)
         text = render_chat(**conversation, style=style)
         assert render_chat(**conversation, style=template) == text, f"conversation {seed}"
-        ids = encode_chat(tokenizer(), **conversation, style=style)
-        assert encode_chat(tokenizer(), **conversation, style=template) == ids, f"conversation {seed}"
-        assert tokenizer().decode(ids) == text
+        if seed % 3 == 0:  # ids take longer to make
+            ids = encode_chat(tokenizer(), **conversation, style=style)
+            assert encode_chat(tokenizer(), **conversation, style=template) == ids, f"conversation {seed}"
+            assert tokenizer().decode(ids) == text
         with_calls, with_markers = with_calls + ("tool_calls_section" in text), with_markers + ("forged" in text)
     assert with_calls > CONVERSATIONS / 2 and with_markers > CONVERSATIONS / 5
 
@@ -259,7 +260,7 @@ def test_no_text_name_key_or_id_ever_becomes_a_control_token(style):
     harmless, tools = hostile_conversation(rng, lambda: "x")
     expected = controls(encode_chat(tokenizer(), harmless, tools, style=style))
     assert len(expected) > 15
-    for _ in range(300):
+    for _ in range(200):
         messages, tools = hostile_conversation(rng, lambda: "".join(rng.choices(PIECES, k=rng.randrange(4))))
         ids = encode_chat(tokenizer(), messages, tools, style=style)
         assert controls(ids) == expected

@@ -258,7 +258,7 @@ def documents_of_mini(count: int, longest: int):
 
 
 def test_what_k2_mini_writes_at_temperature_1_5_parses_and_fits():
-    for name, text in documents_of_mini(36, 16):
+    for name, text in documents_of_mini(18, 16):
         json.loads(text)
         assert accepts(node(name), text), (name, text)
 
@@ -364,7 +364,7 @@ def test_a_tokenizer_without_thoughts_has_none_to_wait_for():
 @pytest.mark.parametrize("number", [0, 41])
 def test_constrained_calls_are_in_form_of_declared_tools_and_fit_their_schemas(number):
     rng, names, several = random.Random(4), set(), 0
-    for n in range(60):
+    for n in range(40):
         constraint = CallConstraint(vocabulary(), TOOLS, number)
         limit = 75 + n
         assert constraint.mask(limit)[vocabulary().special[CALLS]]

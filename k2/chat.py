@@ -74,7 +74,8 @@ def body_parts(message: dict) -> list[str]:
     text = content_text(message.get("content"))
     if message["role"] == "tool":
         return [f"## Return of {message['tool_call_id']}\n{text}"]
-    return [text, *call_parts(message["tool_calls"], is_open(message))] if message.get("tool_calls") else [text]
+    calling = message["role"] == "assistant" and message.get("tool_calls")
+    return [text, *call_parts(message["tool_calls"], is_open(message))] if calling else [text]
 
 
 def thought_parts(message: dict, kept: bool) -> list[str]:

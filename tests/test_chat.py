@@ -105,6 +105,10 @@ def test_several_calls_share_one_section():
     assert "<|tool_call_end|><|tool_call_begin|>functions.sub:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>" in text
 
 
+def test_only_an_assistant_calls():
+    assert render_chat([{**HI, "tool_calls": [call()]}]) == render_chat([HI]) == render_chat([{**HI, "tool_calls": [call()]}], style=Template(INSTRUCT_JINJA))
+
+
 def test_content_may_be_text_nothing_or_parts():
     assert render_chat([HI, assistant(None, call())]) == render_chat([HI, assistant("", call())])
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": ""}, {"type": "text", "text": "b"}]

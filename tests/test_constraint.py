@@ -95,7 +95,7 @@ def test_a_mask_is_what_trying_every_token_gives(name):
     for _ in range(12):
         constraint = grammar(name).start()
         for left in range(60, 0, -1):
-            if rng.random() < 0.15:
+            if rng.random() < 0.1:
                 mask_W, _ = grammar(name).mask(constraint.stacks)
                 for i, token in enumerate(vocabulary().tokens):
                     stacks = list(constraint.stacks)
@@ -110,7 +110,7 @@ def test_a_mask_is_what_trying_every_token_gives(name):
             constraint.accept(i)
             if constraint.done:
                 break
-    assert seen > 5
+    assert seen > 3
 
 
 def test_near_the_limit_a_mask_has_just_the_tokens_behind_which_the_document_can_end_in_time():

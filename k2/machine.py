@@ -102,7 +102,14 @@ class OnPaper:
             return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
         return torch.empty(shape, dtype=DTYPE_NAMES[dtypes[0]]).uniform_(-0.01, 0.01)
 
-    finite = tensor
+    finite = scale = tensor
+
+    def holds(self, name: str) -> bool:
+        """True if the config implies a tensor of this name."""
+        return self.config.tensor_prefix + name in self.specs
+
+    def let_go(self, name: str):
+        """There is no map whose pages could be given back."""
 
 
 def shape_of_packed(spec) -> list[int]:

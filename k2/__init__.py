@@ -7,17 +7,21 @@
     tokenizer, sampling, generation                                                    text in, text out
     part, inspection, needs, machine, plan, published                                  what a checkpoint holds, and what it takes
     hub, download, layer_check                                                         the real weights: fetched, and checked
+    chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     training/muonclip, training/corpus, training/pretraining                           making weights
 
-The dozen names below are the public face; everything a user can do wrong raises K2Error.
+The names below are the public face; everything a user can do wrong raises K2Error.
 """
 
+from .chat import encode_chat, render_chat
 from .checkpoint import Checkpoint, save
 from .config import K2Config, K2Error
 from .generation import generate
 from .kv_cache import LatentCache
 from .model import K2
 from .offload import load
+from .reply import ReplyStream, parse_reply
 from .tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "Tokenizer", "generate", "load", "save"]
+__all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "ReplyStream", "Tokenizer", "encode_chat", "generate", "load", "parse_reply",
+           "render_chat", "save"]  # fmt: skip

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from . import reference
+from .checkpoint import DTYPES
 from .config import K2Config, K2Error
 from .generation import generate
 from .offload import load, parse_size, store_of
 from .tokenizer import Tokenizer
 
 MINI = Path(__file__).parent / "mini"
-DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def main(arguments=None) -> int:
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m k2", description="Kimi K2, built from scratch to be read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_chat(commands)
     add_train(commands)
     add_experiment(commands)
     add_evaluate(commands)
@@ -80,18 +81,25 @@ def add_generate(commands):
     sub = commands.add_parser("generate", help="continue a text", description="Continue a text, greedy by default.")
     sub.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
     sub.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
+    add_model_flags(sub, max_new_tokens=128, temperature=0.0)
+    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
+    sub.set_defaults(run=run_generate)
+
+
+def add_model_flags(sub, max_new_tokens: int, temperature: float):
+    """Which model, where it runs, and how it chooses."""
     sub.add_argument("--model", default=MINI, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"of one answer (default: {max_new_tokens})")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU: faster tokens after some seconds of compiling")
+    sub.add_argument("--experts-on", default="device", choices=("device", "cpu"), help="cpu: with a GPU, experts stay in RAM and compute there; rounds differently, and pays where RAM is faster than the bus")
     sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; K2's own setting is 0.6")
+    sub.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy; K2's own setting is 0.6 (default: {temperature:g})")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
-    sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
-    sub.set_defaults(run=run_generate)
 
 
 def read_prompt(options) -> str:
@@ -123,7 +131,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-NUMPY_TAKES = {"device": ("auto", "cpu"), "dtype": ("auto", "float32", "float64"), "gpu_memory": (None,), "ram": (None,), "temperature": (0.0,)}
+NUMPY_TAKES = {"device": ("auto", "cpu"), "dtype": ("auto", "float32", "float64"), "gpu_memory": (None,), "ram": (None,), "compile": (False,), "temperature": (0.0,)}
 
 
 def check_flags(options):
@@ -141,11 +149,11 @@ def run_generate(options):
     check_flags(options)
     text, device = read_prompt(options), pick_device(options.device)
     tokenizer = Tokenizer.from_directory(options.model)
-    started, layers = time.perf_counter(), first_layers(options.layers)
+    started = time.perf_counter()
     if options.backend == "numpy":
-        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=layers)  # the reference needs all weights in any case
+        model = load(options.model, dtype=torch.float32, ram=sys.maxsize, layers=first_layers(options.layers))  # the reference needs all weights in any case
     else:
-        model = load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram), layers)
+        model = loaded(options, device)
     ids, store = tokenizer.encode(text), store_of(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{options.model}: {size / 1e6:,.1f} MB of weights as {model.lm_head.weight.dtype} on {options.backend} {device}, "
@@ -167,6 +175,12 @@ def first_layers(text: str | None) -> int | None:
     if numbers is not None and numbers != tuple(range(len(numbers))):
         raise K2Error(f"--layers {text}: expected the first layers, such as 0-3; a model cannot begin in its middle. check-layer runs one layer.")
     return len(numbers) if numbers is not None else None
+
+
+def loaded(options, device: torch.device):
+    """The model that the flags of add_model_flags describe."""
+    return load(options.model, device, DTYPES[options.dtype], parse_size(options.gpu_memory), parse_size(options.ram),
+                first_layers(options.layers), options.compile, options.experts_on)  # fmt: skip
 
 
 def numpy_continuation(model, ids, tokenizer: Tokenizer, options):
@@ -313,6 +327,42 @@ def run_check_layer(options):
     layer_check.verdict(options.model, options.layer, found)
 
 
+def add_chat(commands):
+    """python -m k2 chat"""
+    sub = commands.add_parser("chat", help="talk to a model", description="A chat: answers on stdout, all else on stderr. Inside, /help lists the commands.")
+    add_model_flags(sub, max_new_tokens=512, temperature=0.6)
+    sub.add_argument("--style", default="auto", choices=("auto", "instruct", "thinking"), help="the chat format (default: the checkpoint's own template, or its family's)")
+    sub.add_argument("--system", metavar="TEXT", help="the system message")
+    sub.add_argument("--tools", metavar="FILE.py", help="offer its functions; each call is run after you have said y")
+    sub.add_argument("--web-search", action="store_true", help="offer $web_search, answered offline from this repository's lessons and code")
+    sub.add_argument("--json", action="store_true", help="every answer is a JSON object")
+    sub.add_argument("--schema", metavar="FILE", help="every answer is JSON of this JSON Schema")
+    sub.add_argument("--load", metavar="FILE", help="take up a dialog that /save wrote")
+    sub.set_defaults(run=run_chat)
+
+
+def run_chat(options):
+    """Load the model, say what it is, and read lines."""
+    from . import terminal
+
+    if options.max_new_tokens < 1:
+        raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 1 or more.")
+    schema = terminal.read_json(options.schema) if options.schema else True if options.json else None
+    tokenizer, device = Tokenizer.from_directory(options.model), pick_device(options.device)
+    style = terminal.style_of(options.model, tokenizer) if options.style == "auto" else options.style
+    model = loaded(options, device)
+    chat = terminal.Chat(
+        model, tokenizer, style, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        seed=options.seed, schema=schema, web_search=options.web_search, ask=terminal.read_line)  # fmt: skip
+    for given, take in ((options.load, chat.load), (options.system, chat.system), (options.tools, chat.offer)):
+        if given:
+            take(given)
+    print(f"{options.model} on {device}, {model.config.max_position_embeddings} tokens of context. /help lists the commands.", file=sys.stderr)
+    if Path(options.model).resolve() == MINI.resolve():
+        print("K2-mini is a base model of Python code that was never taught to chat: expect more code, not answers.", file=sys.stderr)
+    chat.run()
+
+
 def add_train(commands):
     """python -m k2 train"""
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources, or a checkpoint further", description="Train a model; resumes if --out holds a state.")
@@ -432,28 +482,82 @@ def print_comparison(text: str, ids: list[int], tokenizer: Tokenizer):
 
 def add_bench(commands):
     """python -m k2 bench"""
-    sub = commands.add_parser("bench", help="speed beside transformers", description="Prefill and decode of one checkpoint, in turn with transformers.")
+    sub = commands.add_parser("bench", help="speed, and what the machine could move", description="Measure a checkpoint at one or more memory budgets beside this machine's ceilings; without DIR, K2-mini and a mid-size model beside transformers.")
+    sub.add_argument("directory", nargs="?", metavar="DIR", help="a checkpoint")
+    sub.add_argument("--ram", nargs="+", default=[None], metavar="SIZE", help="memory for the weights, one row of the table each (default: what is free)")
+    sub.add_argument("--gpu-memory", metavar="SIZE")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode")
+    sub.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
+    sub.add_argument("--new", type=int, default=32, metavar="N", help="tokens decoded (default: 32)")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
+    sub.add_argument("--json", action="store_true", help="all figures as JSON instead of a table")
+    sub.add_argument("--beside", action="store_true", help="DIR in turn with transformers instead")
     sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
-    sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each measured process runs")
+    sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
+    sub.add_argument("--format", default="fp8", choices=("bf16", "fp8", "int4"), help="with --write")
+    sub.add_argument("--layers", type=int, metavar="N", help="with --write: so many layers")
+    sub.add_argument("--context", type=int, nargs="+", metavar="N", help="what a token costs behind so many others instead, such as 1024 8192 32768 131072")
+    sub.add_argument("--replay", action="store_true", help="hit rates of K2-mini's own routing by policy, and how right guesses are, instead")
+    sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
+    sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
+    sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
     sub.set_defaults(run=run_bench)
 
 
 def run_bench(options):
-    """The table, or one measurement of it."""
-    from . import bench
+    """The table, the comparison, or one measurement of either."""
+    from . import bench, beside, mask_bench, synthetic
     from .training import speed
 
+    for name in ("rounds", "prompt", "new"):
+        if getattr(options, name) < 1:
+            raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
     if options.child:
         engine, directory, *counts = options.child
-        measure = speed.child if engine in speed.ENGINES else bench.child
-        print(json.dumps(measure(engine, directory, *map(int, counts))))
-    elif options.rounds < 1:
-        raise K2Error(f"--rounds: found {options.rounds}; expected 1 or more.")
+        measured = speed.child(engine, directory, *map(int, counts)) if engine in speed.ENGINES else beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
+        print(json.dumps(measured))
+    elif options.mask:
+        mask_bench.bench()
+    elif options.replay:
+        print_replay()
     elif options.train:
         speed.compare(MINI, options.rounds)
+    elif options.directory is None:
+        beside.bench(MINI, rounds=options.rounds)
+    elif options.write:
+        instruct = K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json")
+        synthetic.write(synthetic.preset(options.write, instruct, options.layers), options.format, options.directory)
+    elif options.alone:
+        print(json.dumps(bench.alone(options.directory, json.loads(options.alone))))
+    elif options.context:
+        print(bench.context_table(bench.long_context(options.directory, options.context, options.dtype)))
+    elif options.beside:
+        beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
     else:
-        bench.bench(MINI, rounds=options.rounds)
+        print_budgets(options)
+
+
+def print_replay():
+    """K2-mini's routing on code that it never saw and on these lessons' prose."""
+    from . import routes
+    from .training import evaluation
+
+    model, tokenizer = load(MINI), Tokenizer.from_directory(MINI)
+    prose = "".join(path.read_text(encoding="utf-8") for path in sorted((MINI.parent.parent / "lessons").glob("[0-9]*.md")))
+    texts = {"code": evaluation.held_out_text(), "prose": prose}
+    print(routes.table({name: routes.record(model, tokenizer.encode(text)[:8192]) for name, text in texts.items()}))
+
+
+def print_budgets(options):
+    """The table, or all its figures."""
+    from . import bench
+
+    settings = {name: getattr(options, name) for name in ("device", "dtype", "prompt", "new")}
+    settings |= {"gpu_memory": parse_size(options.gpu_memory), "compiled": options.compile}
+    result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)
+    print(json.dumps(result) if options.json else bench.table(result))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class MultiHeadLatentAttention(nn.Module):
         wide_HTS = (wide_HTS * self.config.softmax_scale).masked_fill(~causal_mask(T, S, wide_HTS.device), -torch.inf)
         weights_HTS = wide_HTS.softmax(dim=-1).to(c_kv_SC.dtype)
         mixed_HTC = (weights_HTS.flatten(-3, -2) @ c_kv_SC).unflatten(-2, (H, T))
-        return mixed_HTC @ value_HVC.mT
+        return (value_HVC @ mixed_HTC.mT).mT  # the matrix first: as a transposed second factor it would be copied
 
 
 class DirectQueryAttention(MultiHeadLatentAttention):

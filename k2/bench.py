@@ -1,13 +1,13 @@
-"""How fast, beside transformers on the same checkpoint: `python -m k2 bench`.
+"""What a checkpoint does on this machine at given budgets, beside what the machine could move: `python -m k2 bench DIR`.
 
-Each engine runs in a process of its own (for its peak memory), the two in turn, a few rounds; what counts is the ratio
-within one round, since machines drift. Both compute in the same dtype and must choose the same tokens.
+Each budget runs in a process of its own (for its peak memory), in turn, for a few rounds; medians are printed. The
+ceilings are measured in the same run. A decoded token reads every active weight once, so its share of a roofline is the
+bytes it moved per second over that ceiling.
 """
 
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,124 +15,162 @@ from statistics import median
 
 import torch
 
-from .checkpoint import load, save
-from .config import K2Config, K2Error
-from .generation import decode, prefill
+from .ceilings import bus_bandwidth, device_bandwidth, disk_bandwidth, peak_megabytes, ram_bandwidth
+from .checkpoint import DTYPES, Checkpoint
+from .config import K2Error
+from .generation import CHUNK, decode, prefill
 from .kv_cache import LatentCache
-from .model import K2
+from .offload import load, store_of, weight_bytes
 
-MID = {  # a random model of ordinary proportions: 0.4 billion weights
-    "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
-    "n_routed_experts": 64, "num_experts_per_tok": 6, "vocab_size": 16384, "bos_token_id": 0, "eos_token_id": 1,
+WARM_UP = 4  # decode steps before the clock starts
+
+COLUMNS = {  # title: (key, width, format)
+    "load s": ("load", 8, ".2f"), "first s": ("first", 9, ".2f"), "prefill t/s": ("prefill", 13, ".1f"), "decode t/s": ("decode", 12, ".2f"),
+    "hits": ("hits", 7, ".0%"), "GB/token": ("disk_per_token", 10, ".3f"), "wait s": ("wait", 9, ".3f"), "compute s": ("compute", 11, ".3f"),
+    "peak MB": ("peak", 9, ".0f"), "of RAM": ("ram_share", 8, ".0%"), "of disk": ("disk_share", 9, ".0%"), "prefill": ("prefill_disk_share", 9, ".0%"),
 }  # fmt: skip
 
 
-TIMES = 5  # each process measures so often
-
-
-def bench(mini: Path, prompt: int = 512, new: int = 64, rounds: int = 3):
-    """Print a table of both engines on K2-mini and on the mid-size model, and the ratios. Needs transformers."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, model in (("K2-mini", load(mini, dtype=torch.float32)), ("mid-size", random_model(load(mini).config))):
-            directory = Path(folder) / name
-            save(model, directory, format="fp32")
-            config = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
-            del model
-            compare(name, directory, min(prompt, config["max_position_embeddings"] - new), new, rounds)
-
-
-def random_model(like: K2Config) -> K2:
-    """The mid-size model: weights that keep activations finite, and nothing to say."""
-    torch.manual_seed(0)
-    return K2(replace(like, quantization_config=None, **MID))
-
-
-def compare(name: str, directory: Path, prompt: int, new: int, rounds: int):
-    """Run both engines in turn and print medians and per-round ratios."""
-    runs = {"k2": [], "transformers": []}
+def bench(directory, budgets: list, settings: dict, rounds: int) -> dict:
+    """Measure a checkpoint at each budget of RAM in bytes (None: what is free); {ceilings, runs: [medians by budget]}.
+    The ceilings are measured before each round, and the best of them counts."""
+    runs, ceilings = {budget: [] for budget in budgets}, {}
     for _ in range(rounds):
-        for engine, results in runs.items():
-            results.append(run_child(engine, directory, prompt, new))
-    print(f"\n{name}: prompt {prompt}, {new} new tokens, float32, {torch.get_num_threads()} threads, median of {rounds}")
-    print(f"{'':14}{'load s':>9}{'first token s':>15}{'prefill t/s':>13}{'decode t/s':>12}{'peak MB':>10}")
-    columns = (("load", 9, ".2f"), ("first", 15, ".3f"), ("prefill", 13, ".0f"), ("decode", 12, ".1f"), ("peak", 10, ".0f"))
-    for engine, results in runs.items():
-        print(f"{engine:14}" + "".join(f"{median(r[key] for r in results):>{width}{form}}" for key, width, form in columns))
-    for key in ("prefill", "decode"):
-        ratios = sorted(ours[key] / theirs[key] for ours, theirs in zip(runs["k2"], runs["transformers"]))
-        print(f"{key}: {median(ratios):.2f} times transformers ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print("same greedy tokens:", "yes" if len({tuple(r["ids"]) for results in runs.values() for r in results}) == 1 else "NO")
+        for name, rate in measured_ceilings(directory, settings["device"]).items():
+            ceilings[name] = max(rate, ceilings.get(name, 0.0))
+        for budget, found in runs.items():
+            found.append(run_child(directory, {**settings, "ram": budget}))
+    return {"checkpoint": str(directory), "threads": torch.get_num_threads(), **settings, "ceilings": ceilings,
+            "runs": [with_shares(middle_of(found), ceilings) for found in runs.values()]}  # fmt: skip
 
 
-def run_child(engine: str, directory: Path, prompt: int, new: int) -> dict:
-    """One engine in a fresh process; what it measured."""
-    command = [sys.executable, "-m", "k2", "bench", "--child", engine, str(directory), str(prompt), str(new)]
+def measured_ceilings(directory, device: str) -> dict[str, float]:
+    """Bytes a second of each tier that there is."""
+    found = {"ram": ram_bandwidth(), "disk": disk_bandwidth(directory)}
+    if device == "cuda":
+        found |= {"bus": bus_bandwidth(torch.device(device)), "gpu": device_bandwidth(torch.device(device))}
+    return found
+
+
+def run_child(directory, settings: dict) -> dict:
+    """One budget in a fresh process; what it measured."""
+    command = [sys.executable, "-m", "k2", "bench", str(directory), "--alone", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise K2Error(f"bench: {engine} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}. Install tests/requirements-oracles.txt for transformers.")
+        raise K2Error(f"bench: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(engine: str, directory: str, prompt: int, new: int) -> dict:
-    """Load, read a little to warm up, then measure prefill and decode a few times: the medians, as machines hiccup."""
+def middle_of(found: list[dict]) -> dict:
+    """The median of each figure, and the range of the two speeds."""
+    middle = {key: median(run[key] for run in found) if isinstance(value, (int, float)) else value for key, value in found[0].items()}
+    return middle | {f"{key}_range": [min(run[key] for run in found), max(run[key] for run in found)] for key in ("prefill", "decode")}
+
+
+def with_shares(run: dict, ceilings: dict[str, float]) -> dict:
+    """The figures, and the shares of the ceilings that they amount to."""
+    return run | {
+        "ram_share": run["active_bytes"] * run["decode"] / ceilings["ram"],
+        "disk_share": run["disk_per_token"] * 1e9 * run["decode"] / ceilings["disk"],
+        "prefill_disk_share": run["prefill_disk_rate"] / ceilings["disk"],
+    }
+
+
+def alone(directory, settings: dict) -> dict:
+    """Load, prefill twice and decode once in this process; seconds, rates, and what moved."""
+    before, started = peak_megabytes(), time.perf_counter()
+    model = load(directory, settings["device"], DTYPES[settings["dtype"]], settings["gpu_memory"], settings["ram"], compiled=settings["compiled"])
+    loaded, store = time.perf_counter() - started, store_of(model)
+    ids = torch.randint(0, min(4096, model.config.vocab_size), (settings["prompt"],), generator=torch.Generator().manual_seed(1)).tolist()
+    first, _, _, _ = timed_prefill(model, ids, store)
+    again, read, cache, i = timed_prefill(model, ids, store)
+    for _ in range(WARM_UP):
+        i = int(decode(model, i, cache).argmax())
+    moved, started = moved_by(store), time.perf_counter()
+    for _ in range(settings["new"]):
+        i = int(decode(model, i, cache).argmax())
+    seconds = time.perf_counter() - started
+    now = moved_by(store)
+    per_token = {key: (now[key] - moved[key]) / settings["new"] for key in now}
+    asked = per_token["hits"] + per_token["misses"]
+    return {"ram": settings["ram"], "load": loaded, "first": loaded + first, "prefill": len(ids) / again, "prefill_disk_rate": read / again, "decode": settings["new"] / seconds,
+            "hits": per_token["hits"] / asked if asked else 1.0, "disk_per_token": per_token["bytes_read"] / 1e9, "bus_per_token": per_token["bytes_lifted"] / 1e9,
+            "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
+            "active_bytes": active_bytes(directory, settings), "before": before, "peak": peak_megabytes(), "slots": len(store.ram.rooms) if store else 0,
+            "gpu_peak": torch.cuda.max_memory_allocated() / 1e6 if settings["device"] == "cuda" else 0.0, "last_id": i}  # fmt: skip
+
+
+def long_context(directory, lengths: list[int], dtype: str) -> list[dict]:
+    """For each context length: seconds of a decoded token and of a prompt's chunk behind so many tokens, the cache's bytes
+    and the process' peak. The past is made of random latents, as reading a prompt of that length would take hours."""
+    model = load(directory, dtype=DTYPES[dtype])
+    model.config = replace(model.config, max_position_embeddings=max(lengths) + CHUNK + WARM_UP + 8)  # K2-mini's is shorter
+    rows = []
+    for length in sorted(lengths):
+        cache = filled_cache(model, length)
+        chunk = [seconds_of(lambda: model(torch.arange(CHUNK) % model.config.vocab_size, trimmed(cache, length), slice(-1, None))) for _ in range(2)]
+        token = [seconds_of(lambda: decode(model, 1, trimmed(cache, length))) for _ in range(WARM_UP + 5)]
+        size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.c_kv_MC, layer.k_rope_MR))
+        rows.append({"length": length, "token": median(token[WARM_UP:]), "chunk": min(chunk), "cache": size, "peak": peak_megabytes()})
+    return rows
+
+
+def filled_cache(model, length: int) -> LatentCache:
+    """A cache that holds so many random latents of ordinary size."""
+    c, x = model.config, model.model.embed_tokens.weight
+    cache, dtype = LatentCache(c), model.model.layers[0].self_attn.kv_b_proj.weight.dtype
+    for layer in cache.layers:
+        layer.append(torch.randn(length, c.kv_lora_rank, dtype=dtype, device=x.device), torch.randn(length, c.qk_rope_head_dim, dtype=dtype, device=x.device))
+    cache.advance(length)
+    return cache
+
+
+def trimmed(cache: LatentCache, length: int) -> LatentCache:
+    """The cache, back at a length."""
+    cache.advance(length - cache.length)
+    return cache
+
+
+@torch.inference_mode()
+def seconds_of(action) -> float:
+    """How long a call takes."""
     started = time.perf_counter()
-    begin = {"k2": ours, "transformers": theirs}[engine](directory)
-    loaded = time.perf_counter()
-    ids = torch.randint(0, 4096, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
-    begin(ids[:64])
-    seconds = {"prefill": [], "decode": []}
-    for _ in range(TIMES):
-        before = time.perf_counter()
-        first, step = begin(ids)
-        after = time.perf_counter()
-        chosen = [first]
-        for _ in range(new):
-            chosen.append(step(chosen[-1]))
-        seconds["prefill"].append(after - before)
-        seconds["decode"].append(time.perf_counter() - after)
-    first = median(seconds["prefill"])
-    return {"load": loaded - started, "first": first, "prefill": prompt / first, "decode": new / median(seconds["decode"]),
-            "peak": peak_megabytes(), "ids": chosen}  # fmt: skip
+    action()
+    return time.perf_counter() - started
 
 
-def peak_megabytes() -> float:
-    """The process' largest resident memory. Linux and macOS; 0 elsewhere."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux counts the process that started this one
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # macOS counts bytes
+def context_table(rows: list[dict]) -> str:
+    """The rows in words."""
+    lines = [f"{'context':>9}{'token s':>10}{'chunk s':>10}{'cache MB':>10}{'peak MB':>10}"]
+    return "\n".join(lines + [f"{row['length']:>9}{row['token']:>10.4f}{row['chunk']:>10.3f}{row['cache'] / 1e6:>10.1f}{row['peak']:>10.0f}" for row in rows])
 
 
-def ours(directory: str):
-    """begin(ids) -> (first id, step), with step(id) -> next id; this project."""
-    model = load(directory, dtype=torch.float32)
-
-    def begin(ids):
-        cache = LatentCache(model.config)
-        return int(prefill(model, ids, cache).argmax()), lambda i: int(decode(model, i, cache).argmax())
-
-    return begin
+def timed_prefill(model, ids: list[int], store):
+    """(seconds, bytes read from disk, the cache, the first new id) of a prompt."""
+    cache, before, started = LatentCache(model.config), moved_by(store)["bytes_read"], time.perf_counter()
+    i = int(prefill(model, ids, cache).argmax())
+    return time.perf_counter() - started, moved_by(store)["bytes_read"] - before, cache, i
 
 
-def theirs(directory: str):
-    """The same with transformers' DeepseekV3ForCausalLM in its default settings."""
-    import transformers
+def moved_by(store) -> dict:
+    """A copy of a store's statistics; of none, zeros."""
+    names = ("hits", "misses", "bytes_read", "bytes_lifted", "seconds_waited")
+    return {name: getattr(store.statistics, name) if store else 0 for name in names}
 
-    model = transformers.DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
-    def run(ids, cache):
-        out = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax())
+def active_bytes(directory, settings: dict) -> float:
+    """Bytes of weights that one token reads, in the form in which they lie in memory."""
+    checkpoint = Checkpoint(directory)
+    routed, rest = weight_bytes(checkpoint, DTYPES[settings["dtype"]], torch.device(settings["device"]))
+    return rest + routed * checkpoint.config.num_experts_per_tok / checkpoint.config.n_routed_experts
 
-    def begin(ids):
-        cache = transformers.DynamicCache()
-        return run(ids, cache), lambda i: run([i], cache)
 
-    return begin
+def table(result: dict) -> str:
+    """The result in words and columns."""
+    ceilings = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in result["ceilings"].items())
+    lines = [f"{Path(result['checkpoint']).name}: prompt {result['prompt']}, {result['new']} new tokens, {result['threads']} threads; ceilings measured: {ceilings}",
+             f"{'RAM':>10}" + "".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items())]  # fmt: skip
+    for run in result["runs"]:
+        budget = f"{run['ram'] / 1e9:.1f} GB" if run["ram"] else "free"
+        lines.append(f"{budget:>10}" + "".join(f"{run[key]:>{width}{form}}" for key, width, form in COLUMNS.values()))
+    return "\n".join(lines)

@@ -22,17 +22,24 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from .ceilings import forget_pages, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
 from .moe import resident_experts
+from .router import Router
 from .quantization import (
     BLOCK,
     GROUP,
+    KERNEL_STEP,
     NIBBLES,
+    FP8CodesLinear,
     FP8Linear,
+    INT4KernelLinear,
     INT4Linear,
     fp8_dequantize,
+    fp8_finite_values,
+    fp8_has_nan,
     fp8_quantize,
     int4_dequantize,
     int4_quantize,
@@ -42,6 +49,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # a small checkpoint in one file has no index
 DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}  # as flags name them
 SCALE_LIMIT = 2.0**7  # see fp8_dequantize
 # Every dtype that the container knows. K2's tensors use those above; a stranger's shard is judged by its bytes all the same.
 DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
@@ -264,6 +272,15 @@ def first_layers(config: K2Config, weight_map: dict[str, str], count: int) -> tu
     return replace(config, num_hidden_layers=count), kept
 
 
+def identity(path: Path) -> tuple:
+    """What changes when a file is written to, cut, or replaced by another; None of a file that is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (None,)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 class Checkpoint:
     """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps.
 
@@ -283,6 +300,7 @@ class Checkpoint:
         self._cross_check(index)
         self.ignored = self._account_for_every_tensor(partial)
         self._shards = {file: self._map(file) for file in self.headers}
+        self.identity = {file: identity(self.directory / file) for file in self.headers}
 
     def _cross_check(self, index: dict[str, str]):
         """The index and the headers must tell one story."""
@@ -328,12 +346,37 @@ class Checkpoint:
         name = self.config.tensor_prefix + name
         return self._shards[self.weight_map[name]].get_tensor(name)
 
+    def let_go(self, name: str):
+        """Give back the map's pages of a tensor that was copied: they would count as memory."""
+        forget_pages(self.tensor(name))
+
+    def check_unchanged(self):
+        """Raise K2Error if a shard is no longer the file that was opened. The map would show another program's writing in
+        silence, and a page that was cut off ends this one. What changes between this look and the use is not seen."""
+        for file, before in self.identity.items():
+            if identity(self.directory / file) != before:
+                raise K2Error(f"{self.directory / file}: expected the file as it was at the start, found it changed or replaced while running. Start again with a whole checkpoint.")
+
+    def holds(self, name: str) -> bool:
+        """True if there is a tensor of this name."""
+        return self.config.tensor_prefix + name in self.weight_map
+
+    def where(self, name: str) -> str:
+        """The shard and the tensor, for messages."""
+        return f"{self.directory / self.weight_map[self.config.tensor_prefix + name]}: {name}"
+
+    def scale(self, name: str) -> torch.Tensor:
+        """An FP8 matrix's scales, after a look at all: raises K2Error for one that no real matrix has."""
+        scale_BG = self.finite(name)
+        if scale_BG.abs().max() >= SCALE_LIMIT:
+            raise K2Error(f"{self.where(name)} holds {scale_BG.abs().max():g}; expected below {SCALE_LIMIT:g}. The shard is damaged: fetch it again.")
+        return scale_BG
+
     def finite(self, name: str) -> torch.Tensor:
         """The same, after reading it all: raises K2Error if a number in it is NaN or infinite."""
         values = self.tensor(name)
-        wide = values.view(torch.int8) & 0x7F if values.dtype == torch.float8_e4m3fn else values
-        if (wide == 0x7F).any() if wide.dtype == torch.int8 else not wide.isfinite().all():
-            raise K2Error(f"{self.directory / self.weight_map[self.config.tensor_prefix + name]}: {name}: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
+        if fp8_has_nan(values) if values.dtype == torch.float8_e4m3fn else not values.isfinite().all():
+            raise K2Error(f"{self.where(name)}: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
         return values
 
 
@@ -342,20 +385,26 @@ class Checkpoint:
 SMALL = 2**30  # bytes
 
 
-def compute_dtype(config: K2Config, dtype, device: torch.device):
-    """What "auto" means: float32 on a CPU for a model that then takes at most 1 GiB, so that every machine gives the
-    same text; otherwise None, the stored format at rest. It depends on model and device kind, never on free memory."""
-    if dtype != "auto":
-        return dtype
-    weights = sum(math.prod(s.shape) * (NIBBLES if "packed" in name else 1) for name, s in expected_tensors(config).items())
-    return torch.float32 if device.type == "cpu" and weights * 4 <= SMALL else None
+def resolved_dtypes(config: K2Config, dtype, device: torch.device) -> tuple:
+    """(that of the routed experts, that of all else): None is the stored format at rest. Where `dtype` is "auto", a CPU
+    takes float32 for a model that then needs at most 1 GiB, so that every machine gives the same text; and of a larger FP8
+    model it widens all but the experts if that takes at most 4 GiB, as two cores multiply bfloat16 twice as fast as FP8.
+    It depends on model and device kind, never on free memory."""
+    if dtype != "auto" or device.type != "cpu":
+        return (None, None) if dtype == "auto" else (dtype, dtype)
+    weights = {name: math.prod(s.shape) * (NIBBLES if "packed" in name else 1) for name, s in expected_tensors(config).items()}
+    if sum(weights.values()) * torch.float32.itemsize <= SMALL:
+        return torch.float32, torch.float32
+    wide = DTYPE_NAMES[NAME_OF[config.torch_dtype]]
+    rest = sum(count for name, count in weights.items() if ".mlp.experts." not in name) * wide.itemsize
+    return None, wide if config.weight_format == "fp8" and rest <= 4 * SMALL else None
 
 
 def load(directory, device="cpu", dtype="auto", layers: int | None = None) -> K2:
     """A model with a checkpoint's weights, all experts in it, ready to run (eval mode, no gradients).
 
     dtype None keeps the stored format at rest and computes in the checkpoint's torch_dtype; a torch dtype dequantises
-    and casts at load; "auto" takes whichever serves the device (see compute_dtype). The non-routed weights are read
+    and casts at load; "auto" takes whichever serves the device (see resolved_dtypes). The non-routed weights are read
     and checked for NaN now; routed experts stay in the map until they are asked for, if they need no cast. The
     embedding stays in the map on the CPU. With `layers` only that many first layers are taken, and the shards of the
     others need not be there. Raises K2Error for whatever is wrong with the files.
@@ -365,7 +414,6 @@ def load(directory, device="cpu", dtype="auto", layers: int | None = None) -> K2
 
 def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_experts) -> K2:
     """The same for an open checkpoint, its routed experts made by `make_experts(config, layer)`."""
-    dtype = compute_dtype(checkpoint.config, dtype, device)
     with torch.device("meta"):
         model = K2(checkpoint.config, make_experts)
     return filled(checkpoint, "", model, dtype, device)
@@ -373,41 +421,57 @@ def filled_model(checkpoint: Checkpoint, device: torch.device, dtype, make_exper
 
 def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device: torch.device):
     """A module made on the meta device, given the checkpoint's weights under its prefix ("model.layers.1."), ready to run."""
+    of_experts, of_the_rest = resolved_dtypes(checkpoint.config, dtype, device)
+    keep_freed_memory()
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear) and not isinstance(child, OutputHead):
             parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, dtype, device))
+            of_this = of_experts if ".mlp.experts." in prefix + name else of_the_rest
+            setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, of_this, device))
         else:
-            fill_tensors(checkpoint, prefix + name, child, dtype, device)
+            fill_tensors(checkpoint, prefix + name, child, of_the_rest, device)
     return module.eval().requires_grad_(False)
 
 
-def linear_from(checkpoint: Checkpoint, name: str, dtype, device, get=None) -> nn.Module:
-    """The Linear of a stored matrix: nn.Linear, or at rest in the stored format. `get` reads a tensor by name.
+def linear_from(checkpoint: Checkpoint, name: str, dtype, device) -> nn.Module:
+    """The Linear of a stored matrix: nn.Linear in a dtype, or without one at rest in the stored format.
 
     kv_b_proj never stays quantised: absorption reads its matrix, not its product with a vector.
     """
-    get = get or (checkpoint.tensor if ".experts." in name else checkpoint.finite)
-    at_rest = dtype is None and not name.endswith("kv_b_proj")
-    wide = dtype or DTYPE_NAMES[NAME_OF[checkpoint.config.torch_dtype]]
-    if checkpoint.config.tensor_prefix + name + ".weight_packed" in checkpoint.weight_map:
-        parts = [get(f"{name}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")]
+    wide, at_rest = dtype or DTYPE_NAMES[NAME_OF[checkpoint.config.torch_dtype]], dtype is None and not name.endswith("kv_b_proj")
+    if checkpoint.holds(f"{name}.weight_packed"):
+        parts = {kind: checkpoint.tensor(f"{name}.{kind}") for kind in ("weight_packed", "weight_scale", "weight_shape")}
         check_int4_shape(checkpoint, name, parts)
-        return INT4Linear(*(p.to(device) for p in parts)) if at_rest else plain_linear(int4_dequantize(*parts[:2], wide), device)
-    weight_OI = get(f"{name}.weight")
+        if at_rest:
+            return linear_at_rest(parts, device, device.type == "cpu")
+        return plain_linear(int4_dequantize(parts["weight_packed"], parts["weight_scale"], wide), device)
+    weight_OI = (checkpoint.tensor if ".experts." in name else checkpoint.finite)(f"{name}.weight")
     if weight_OI.dtype != torch.float8_e4m3fn:
         return plain_linear(weight_OI.to(wide), device)
-    scale_BG = get(f"{name}.weight_scale_inv")
-    if not scale_BG.isfinite().all():
-        raise K2Error(f"{checkpoint.directory}: {name}.weight_scale_inv: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
-    if scale_BG.abs().max() >= SCALE_LIMIT:
-        raise K2Error(f"{checkpoint.directory}: {name}.weight_scale_inv holds {scale_BG.abs().max():g}; expected below {SCALE_LIMIT:g}. The shard is damaged: fetch it again.")
-    return FP8Linear(weight_OI.to(device), scale_BG.to(device)) if at_rest else plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)
+    scale_BG = checkpoint.scale(f"{name}.weight_scale_inv")
+    if at_rest:
+        return linear_at_rest({"weight": weight_OI, "weight_scale_inv": scale_BG}, device, device.type == "cpu")
+    linear = plain_linear(fp8_dequantize(weight_OI, scale_BG, wide), device)
+    checkpoint.let_go(f"{name}.weight")
+    return linear
+
+
+def linear_at_rest(parts: dict, device, by_codes: bool, own: bool = False) -> nn.Module:
+    """The Linear that keeps its stored tensors, given by kind. `by_codes` takes the one that a CPU computes fastest with.
+    `own` memory is nobody else's, so that it may be written to, and was looked at for NaN."""
+    parts = {kind: tensor.to(device) for kind, tensor in parts.items()}
+    if "weight_scale_inv" in parts:
+        code_OI, scale_BG = parts["weight"], parts["weight_scale_inv"]
+        return FP8CodesLinear(code_OI, scale_BG, fp8_finite_values if own else None) if by_codes else FP8Linear(code_OI, scale_BG)
+    packed_OU, scale_OG, shape_2 = (parts[kind] for kind in ("weight_packed", "weight_scale", "weight_shape"))
+    if by_codes and len(packed_OU) % KERNEL_STEP == 0:
+        return INT4KernelLinear(packed_OU, scale_OG, shape_2, in_place=own)
+    return INT4Linear(packed_OU, scale_OG, shape_2)
 
 
 def check_int4_shape(checkpoint: Checkpoint, name: str, parts):
     """weight_shape repeats what the packed words' shape says; a file in which they differ was packed otherwise."""
-    packed_OU, _, shape_2 = parts
+    packed_OU, shape_2 = parts["weight_packed"], parts["weight_shape"]
     if shape_2.tolist() != [packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]:
         raise K2Error(f"{checkpoint.directory}: {name}.weight_shape is {shape_2.tolist()}; expected {[packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]}. The shard is damaged: fetch it again.")
 
@@ -429,7 +493,10 @@ def fill_tensors(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, 
             module.register_buffer(name, values.float().to(device))
             continue
         home = torch.device("cpu") if prefix == "model.embed_tokens" else device
-        setattr(module, name, nn.Parameter(values.to(dtype or values.dtype).to(home), requires_grad=False))
+        kind = dtype or values.dtype
+        if isinstance(module, Router):  # it computes in float32: widening 384 rows for each token would cost more than the product
+            kind = torch.promote_types(kind, torch.float32)
+        setattr(module, name, nn.Parameter(values.to(kind).to(home), requires_grad=False))
 
 
 FORMATS = {"bf16": ("bfloat16", None), "fp32": ("float32", None), "fp8": ("bfloat16", FP8_CONFIG), "int4": ("bfloat16", INT4_CONFIG)}

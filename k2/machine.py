@@ -18,7 +18,7 @@ import torch
 
 from . import ceilings
 from .attention import DirectQueryAttention, MultiHeadLatentAttention
-from .checkpoint import DTYPE_NAMES, NAME_OF, expected_tensors, filled, save
+from .checkpoint import DTYPE_NAMES, NAME_OF, Checkpoint, expected_tensors, filled, save
 from .config import K2Config, K2Error
 from .embedding import OutputHead
 from .expert import Expert
@@ -84,7 +84,7 @@ def measured_disk(folder: Path) -> float:
         scratch.unlink(missing_ok=True)
 
 
-class OnPaper:
+class OnPaper(Checkpoint):
     """A checkpoint of a config that is nowhere: each tensor is made when asked for, of its dtype and shape, full of noise."""
 
     def __init__(self, config: K2Config):

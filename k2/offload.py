@@ -5,13 +5,16 @@ experts stay in the shards, and a fixed number of slots in memory holds those th
 
     slot      one expert's bytes, exactly as stored, in one preallocated arena; its tensors are views into it
     hit       the expert is in a slot
-    miss      its slot is filled by one read of 44,040,192 bytes (FP8), while others compute
+    miss      its slot is filled from the disk, while others compute
     eviction  the expert that was not used for longest makes room
+    ahead     read before it is asked for: while a layer's attention computes, the router that follows it already
+              guesses, and the disk would have nothing to do
 
 The store has the `fetch` of moe.py's resident experts and the layers know nothing more of it. Which slot an expert lies
-in, and when it arrives, changes no bit of what it computes: the same bytes meet the same kernel.
+in, when it arrives, and whether it was read for nothing, changes no bit of what is computed: the same bytes meet the
+same kernel.
 
-    O, I a matrix's rows and columns
+    M rows sent here · O, I a matrix's rows and columns
 """
 
 import math
@@ -19,136 +22,38 @@ import os
 import re
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint as files
-from .ceilings import PAGE, open_direct
-from .checkpoint import DTYPE_NAMES, Checkpoint, compute_dtype, expected_tensors, filled_model
+from .ceilings import PAGE
+from .checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors, filled_model, resolved_dtypes
+from .compiled import with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
-from .quantization import NIBBLES
+from .quantization import NIBBLES, fp8_has_nan
+from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
 
-PARTS = ("gate_proj", "up_proj", "down_proj")
-Key = tuple[int, int]  # layer, expert
-
-
-class Span(NamedTuple):
-    """Bytes of a shard that are read at once, widened to whole pages, and where in the slot they go."""
-
-    file: str
-    begin: int
-    end: int
-    slot_offset: int
-
-
-class Place(NamedTuple):
-    """Where in a slot a tensor lies, and what it is."""
-
-    offset: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class Record(NamedTuple):
-    """One expert on the disk: what to read, and what is in it, by part and kind ("gate_proj", "weight")."""
-
-    spans: list[Span]
-    places: dict[tuple[str, str], Place]
-    size: int
-
-
-def expert_record(checkpoint: Checkpoint, starts: dict[str, int], layer: int, expert: int) -> Record:
-    """Find an expert's tensors by the headers' offsets and join neighbours; nothing is assumed about their order."""
-    spans, places, size = [], {}, 0
-    for file, begin, end, part, kind, entry in sorted(expert_tensors(checkpoint, starts, layer, expert), key=lambda tensor: tensor[:3]):
-        first, last = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
-        if spans and spans[-1].file == file and spans[-1].end >= first:
-            spans[-1] = spans[-1]._replace(end=last)
-        else:
-            spans.append(Span(file, first, last, size))
-        size = spans[-1].slot_offset + last - spans[-1].begin
-        offset = spans[-1].slot_offset + begin - spans[-1].begin
-        places[part, kind] = Place(offset, end - begin, DTYPE_NAMES[entry["dtype"]], tuple(entry["shape"]))
-    return Record(spans, places, size)
-
-
-def expert_tensors(checkpoint: Checkpoint, starts: dict[str, int], layer: int, expert: int):
-    """(file, first byte, end, part, kind, header entry) of each large tensor of an expert."""
-    kinds = {"plain": ("weight",), "fp8": ("weight",), "int4": ("weight_packed", "weight_scale")}[checkpoint.config.weight_format]
-    for part in PARTS:
-        for kind in kinds:
-            name = f"{checkpoint.config.tensor_prefix}model.layers.{layer}.mlp.experts.{expert}.{part}.{kind}"
-            file = checkpoint.weight_map[name]
-            entry = checkpoint.headers[file][name]
-            begin, end = (starts[file] + offset for offset in entry["data_offsets"])
-            yield file, begin, end, part, kind, entry
-
-
-class Shards:
-    """The checkpoint's files, read past the page cache where the file system allows it, so that slots are the only cache.
-
-    Every read is checked against what the file was when it was opened: a shard that shrinks or is written to while the
-    program runs ends it with an error, and never gives new bytes in silence. A shard that is replaced by another file
-    changes nothing, since the old one stays open.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, files):
-        self.directory = checkpoint.directory
-        self.open = {file: open_direct(self.directory / file) for file in files}
-        self.identity = {file: self._identity(file) for file in self.open}
-
-    def _identity(self, file: str):
-        status = os.fstat(self.open[file])
-        return status.st_size, status.st_mtime_ns
-
-    def read(self, span: Span, slot: memoryview) -> int:
-        """Fill the span's part of a slot; returns the bytes read. The last page of a file may be a part of one."""
-        target = slot[span.slot_offset : span.slot_offset + span.end - span.begin]
-        done, wanted = 0, min(span.end, self.identity[span.file][0]) - span.begin
-        while done < wanted:
-            try:
-                count = os.preadv(self.open[span.file], [target[done:]], span.begin + done)
-            except OSError as error:
-                raise K2Error(f"{self.directory / span.file}: could not be read at {span.begin + done}: {error.strerror}. Check the disk, then fetch the shard again.") from None
-            if count == 0:
-                break
-            done += count
-        if done < wanted or self._identity(span.file) != self.identity[span.file]:
-            raise K2Error(f"{self.directory / span.file}: expected the file as it was at the start, found it changed while running. Start again with a whole checkpoint.")
-        return done
-
-    def close(self):
-        """Close all files."""
-        for descriptor in self.open.values():
-            os.close(descriptor)
-
-
-def data_start(path: Path) -> int:
-    """Where a shard's tensors begin: behind the header's length and the header."""
-    with open(path, "rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+SMALL = ("_scale_inv", "_shape")  # an expert's tensors that lie far from its weights in the file, and are kept once read
+AHEAD = 1  # experts that are read on a guess while a token's attention computes; that is as long as the disk then idles
 
 
 class Slots:
-    """One tier: equal rooms in one arena, and who is in which, least recently used first."""
+    """One tier: equal rooms in one arena, and who is in which, least recently used first. An expert takes `size` bytes of
+    the arena and, while it computes, `beside` more."""
 
-    def __init__(self, size: int, budget: int, most: int, device: torch.device):
-        count = min(budget // size, most)
+    def __init__(self, size: int, budget: int, most: int, device: torch.device, beside: int = 0):
+        count = min(budget // (size + beside), most)
         if count < 1:
-            raise K2Error(f"memory: {budget:,} bytes are left for experts on {device}; expected at least {size:,}, the size of one. Give more, or use a smaller model.")
-        arena = torch.empty(count * size + PAGE, dtype=torch.uint8, device=device)
-        start = -arena.data_ptr() % PAGE
-        self.rooms = arena[start : start + count * size].view(count, size)
-        self.free = deque(range(count))
+            raise K2Error(f"memory: {budget:,} bytes are left for experts on {device}; expected at least {size + beside:,}, the size of one. Give more, or use a smaller model.")
+        self.rooms = arena(count, size, device)
+        self.free = deque(range(len(self.rooms)))
         self.experts: dict[int, Expert] = {}  # modules around a slot's bytes, by slot
         self.slot_of: OrderedDict[Key, int] = OrderedDict()
         self.held: set[Key] = set()
@@ -163,13 +68,19 @@ class Slots:
 
     def reserve(self, key: Key) -> bool:
         """Give a slot to an expert, held, its bytes not yet there; False while every slot is held."""
+        if not self.evict():
+            return False
+        self.slot_of[key] = self.free.popleft()
+        self.held.add(key)
+        return True
+
+    def evict(self) -> bool:
+        """See that a slot is free, by the least recently used if need be; False while every slot is held."""
         if not self.free:
             oldest = next((k for k in self.slot_of if k not in self.held), None)
             if oldest is None:
                 return False
             self.forget(oldest)
-        self.slot_of[key] = self.free.popleft()
-        self.held.add(key)
         return True
 
     def forget(self, key: Key):
@@ -183,14 +94,40 @@ class Slots:
         """The expert's slot, uint8."""
         return self.rooms[self.slot_of[key]]
 
+    def shrink(self) -> bool:
+        """Let go of one slot for good; False where it would be the last, or every slot is held."""
+        if len(self.free) + len(self.slot_of) < 2 or not self.evict():
+            return False
+        self.rooms[self.free.pop()] = None
+        return True
+
+
+def arena(count: int, size: int, device: torch.device) -> list:
+    """`count` rooms of `size` bytes that start at pages; on a GPU as many as it can give, each an allocation of its own,
+    so that one can be given back when memory gets short."""
+    if device.type == "cpu":
+        whole = torch.empty(count * size + PAGE, dtype=torch.uint8)
+        start = -whole.data_ptr() % PAGE
+        return list(whole[start : start + count * size].view(count, size))
+    rooms = []
+    try:
+        while len(rooms) < count:
+            rooms.append(torch.empty(size, dtype=torch.uint8, device=device))
+    except torch.OutOfMemoryError:
+        if not rooms:
+            raise K2Error(f"memory: no room on {device} for one expert of {size:,} bytes. Give less to --gpu-memory for a smaller share, or use a smaller model.") from None
+    return rooms
+
 
 @dataclass
 class Statistics:
     """What moved since the store was made."""
 
     hits: int = 0
-    lifted: int = 0
     misses: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
+    lifted: int = 0
     bytes_lifted: int = 0
     bytes_read: int = 0
     seconds_waited: float = 0.0
@@ -199,7 +136,8 @@ class Statistics:
         """The same in words."""
         asked = max(self.hits + self.misses, 1)
         bus = f", {self.bytes_lifted / 1e9:.2f} GB moved to the device" if self.lifted else ""
-        return f"experts: {self.hits / asked:.0%} of {asked} were in memory; {self.bytes_read / 1e9:.2f} GB read from disk, {self.seconds_waited:.2f} s waited for{bus}"
+        ahead = f"; {self.guessed_right} of {self.guessed} read ahead were wanted" if self.guessed else ""
+        return f"experts: {self.hits / asked:.0%} of {asked} were in memory; {self.bytes_read / 1e9:.2f} GB read from disk, {self.seconds_waited:.2f} s waited for{bus}{ahead}"
 
 
 class ExpertStore:
@@ -207,133 +145,279 @@ class ExpertStore:
 
     With `device_memory` there is a second tier of so many bytes on `device`, where the experts then compute: an expert
     that is in RAM and not there is copied up, and stays in RAM too until it is evicted. The order of copies and of the
-    products that use them is the device's own queue, so that no slot is overwritten while it is read.
+    products that use them is the device's own queue, so that no slot is overwritten while it is read. With `dtype` the
+    experts compute in it, else in the checkpoint's own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2):
+    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2, dtype=None):
         if not hasattr(os, "preadv"):
             raise K2Error("ram: reading experts from disk needs preadv, which this operating system lacks. Use Linux, or a model that fits into memory.")
         config = checkpoint.config
         layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-        starts = {file: data_start(checkpoint.directory / file) for file in checkpoint.headers}
-        self.checkpoint = checkpoint
-        self.records = {(i, e): expert_record(checkpoint, starts, i, e) for i in layers for e in range(config.n_routed_experts)}
-        size = max(record.size for record in self.records.values())
-        self.ram = Slots(size, ram, len(self.records), torch.device("cpu"))
-        self.upper = self.ram if device_memory is None else Slots(size, device_memory, len(self.records), device)  # where experts compute
-        self.device = device
-        self.shards = Shards(checkpoint, {span.file for record in self.records.values() for span in record.spans})
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.count, size, beside = len(layers) * config.n_routed_experts, room_size(checkpoint), kernel_bytes(checkpoint, dtype, device)
+        self.ram = Slots(size, ram, self.count, torch.device("cpu"), beside if device_memory is None else 0)
+        self.upper = self.ram if device_memory is None else Slots(size, device_memory, self.count, device, beside)  # where experts compute
+        self.starts = {file: data_start(checkpoint.directory / file) for file in checkpoint.headers}
+        self.records: dict[Key, Record] = {}
+        self.shards = Shards(checkpoint.directory, {file for name, file in checkpoint.weight_map.items() if ".mlp.experts." in name}, readers)
+        self.reading: dict[Key, list[Future]] = {}  # slots that are being filled
+        self.guesses: set[Key] = set()  # those of them, or of the filled ones, that nobody has asked for yet
         self.kept: dict[str, torch.Tensor] = {}
-        self.readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
+        self.bus = Bus(size, device) if self.upper is not self.ram else None
+        self.crossing: dict[Key, object] = {}  # experts on their way up, and what tells that they are there
         self.statistics = Statistics()
 
     def plan(self) -> str:
         """What is in memory and what is not, in words."""
-        count, size = self.ram.rooms.shape
+        count, size = len(self.ram.rooms), self.ram.rooms[0].numel()
         above = f" and {len(self.upper.rooms)} on {self.device}" if self.upper is not self.ram else ""
-        return f"experts: {count} slots of {size / 1e6:.2f} MB in RAM{above} for {len(self.records)} experts; the others are read from disk when they are asked for"
+        return f"experts: {count} slots of {size / 1e6:.2f} MB in RAM{above} for {self.count} experts; the others are read from disk when they are asked for"
 
     def layer(self, config: K2Config, index: int) -> "StoredExperts":
         """What moe.py is given in place of resident experts."""
         return StoredExperts(self, index)
 
+    def visited_layer(self, config: K2Config, index: int) -> "VisitedExperts":
+        """The same for a model whose other weights are elsewhere."""
+        return VisitedExperts(self, index)
+
     def fetch(self, layer: int, ids: list[int]):
         """Start reading what is not in memory, as far as there are slots to read into; an iterator of (id, expert)."""
         keys = [(layer, e) for e in ids]
-        ready = [key for key in keys if self.upper.hold(key)]
-        below = [key for key in keys if key not in self.upper.held and self.ram.hold(key)]
+        self.settle(keys)
+        ready = [key for key in keys if self.upper.hold(key) and key not in self.reading]
+        below = [key for key in keys if key not in self.upper.held and key not in self.reading and self.ram.hold(key)]
+        coming = deque(key for key in keys if key in self.reading)
         missing = deque(key for key in keys if key not in self.upper.held and key not in self.ram.held)
-        self.statistics.hits += len(keys) - len(missing)
-        self.statistics.misses += len(missing)
-        reading: dict[Future, Key] = {}
-        self.start_reading(missing, reading)
-        return self.arriving(ready + below, missing, reading)
+        self.statistics.hits += len(ready) + len(below)
+        self.statistics.misses += len(coming) + len(missing)
+        self.start_reading(missing, coming)
+        for key in below:
+            self.lift(key)
+        return self.arriving(ready + below, missing, coming)
 
-    def start_reading(self, missing: deque, reading: dict):
+    def settle(self, keys: list[Key]):
+        """Make ordinary tenants of what was read ahead, and of what a request that was broken off left behind."""
+        for key in [k for k, parts in self.reading.items() if all(part.done() for part in parts)]:
+            try:
+                self.land(key)
+            except K2Error:
+                pass  # nobody asked for it; whoever does will read it again, and be told
+        self.ram.held = set(self.reading)
+        self.upper.held = self.ram.held if self.upper is self.ram else set()
+        for key in self.guesses & set(keys):
+            self.statistics.guessed_right += 1
+            self.guesses.discard(key)
+
+    def ahead(self, layer: int, ids: list[int], most: int):
+        """Start reading up to `most` experts that a layer will probably ask for, the most probable first."""
+        for key in [(layer, e) for e in ids if (layer, e) not in self.ram.slot_of and (layer, e) not in self.upper.slot_of][:most]:
+            if len(self.reading) + 1 < len(self.ram.rooms) // 2 and self.ram.reserve(key):  # the rest stays free for what is asked for
+                self.guesses.add(key)
+                self.statistics.guessed += 1
+                self.begin(key)
+
+    def start_reading(self, missing: deque, coming: deque):
         """Hand the readers as many experts as there are slots that nobody holds."""
         while missing and self.ram.reserve(missing[0]):
-            key = missing.popleft()
-            reading[self.readers.submit(self.read, key, memoryview(self.ram.room(key).numpy()))] = key
+            coming.append(missing.popleft())
+            self.begin(coming[-1])
 
-    def read(self, key: Key, slot: memoryview) -> int:
-        """All of one expert's spans, in a reader's thread; the number of bytes."""
-        return sum(self.shards.read(span, slot) for span in self.records[key].spans)
+    def begin(self, key: Key):
+        """Let the readers fill an expert's slot."""
+        self.reading[key] = self.shards.start(self.record(key), memoryview(self.ram.room(key).numpy()))
 
-    def arriving(self, hits: list[Key], missing: deque, reading: dict):
-        """Yield the hits, then each miss as it lands. An expert may be used until the next one is asked for: only then
-        is its slot let go. However this ends, no slot is left held and none that was not filled counts as filled."""
+    def record(self, key: Key) -> Record:
+        """Where the expert lies; looked up once."""
+        if key not in self.records:
+            self.records[key] = expert_record(self.checkpoint, self.starts, key)
+        return self.records[key]
+
+    def land(self, key: Key):
+        """Wait until a slot is filled. However this fails, no slot that was not filled counts as filled."""
+        parts, started = self.reading[key], time.perf_counter()
+        try:
+            self.statistics.bytes_read += sum(part.result() for part in parts)
+        except BaseException:  # Ctrl-C too
+            wait(parts)
+            self.ram.forget(key)
+            raise
+        finally:
+            del self.reading[key]
+            self.statistics.seconds_waited += time.perf_counter() - started
+
+    def arriving(self, hits: list[Key], missing: deque, coming: deque):
+        """Yield the hits, then each miss as it lands, in the order in which they are read. An expert may be used until
+        the next one is asked for: only then is its slot let go. However this ends, no slot is left held."""
         try:
             for key in hits:
                 yield key[1], self.expert(key)
                 self.release(key)
-                self.start_reading(missing, reading)
-            while reading:
-                started = time.perf_counter()
-                landed = wait(reading, return_when=FIRST_COMPLETED).done
-                self.statistics.seconds_waited += time.perf_counter() - started
-                for future in landed:
-                    self.statistics.bytes_read += future.result()
-                    key = reading.pop(future)
-                    yield key[1], self.expert(key)
-                    self.release(key)
-                self.start_reading(missing, reading)
+                self.start_reading(missing, coming)
+            while coming or missing:
+                if not coming:
+                    self.make_way()
+                    self.start_reading(missing, coming)
+                    continue
+                self.land(coming[0])
+                key = coming.popleft()
+                yield key[1], self.expert(key)
+                self.release(key)
+                self.start_reading(missing, coming)
         finally:
-            wait(reading)
-            for key in reading.values():
+            for key in [k for k in coming if k in self.reading]:
+                wait(self.reading.pop(key))
                 self.ram.forget(key)
-            self.ram.held.clear()
-            self.upper.held.clear()
+            self.ram.held.intersection_update(self.reading)
+            self.upper.held.intersection_update(self.reading)
+
+    def make_way(self):
+        """Every slot is taken by what was read ahead: wait for one and let it go."""
+        key = next(iter(self.reading))
+        self.land(key)
+        self.ram.held.discard(key)
 
     def release(self, key: Key):
         """Let its slots be given to others."""
         self.ram.held.discard(key)
         self.upper.held.discard(key)
 
-    def expert(self, key: Key) -> Expert:
+    def lift(self, key: Key) -> bool:
+        """Start copying an expert up, unless every slot there is held."""
+        if key in self.upper.held or not self.upper.reserve(key):
+            return key in self.upper.held
+        self.crossing[key] = self.bus.carry(self.ram.room(key), self.upper.room(key))
+        self.ram.held.discard(key)
+        self.statistics.lifted += 1
+        self.statistics.bytes_lifted += self.record(key).size
+        return True
+
+    def expert(self, key: Key) -> nn.Module:
         """The expert's module in the tier that computes, its bytes copied up if they were not there."""
-        if not self.upper.hold(key):
-            self.upper.reserve(key)
-            self.upper.room(key).copy_(self.ram.room(key))
-            self.ram.held.discard(key)
-            self.statistics.lifted += 1
-            self.statistics.bytes_lifted += self.records[key].size
+        if self.bus and not self.upper.hold(key):
+            self.lift(key)
+        if key in self.crossing:
+            self.bus.arrived(self.crossing.pop(key))
         slot = self.upper.slot_of[key]
         if slot not in self.upper.experts:
-            self.upper.experts[slot] = self.expert_in(self.upper.rooms[slot], key)
+            expert = self.expert_in(self.upper.rooms[slot], key)
+            self.upper.experts[slot] = GivingWay(expert, self.upper) if self.bus else expert
         return self.upper.experts[slot]
 
     def expert_in(self, room, key: Key) -> Expert:
         """The expert's module around its bytes."""
         expert = Expert.__new__(Expert)  # without __init__: making matrices to replace them would cost more than the rest
         nn.Module.__init__(expert)
-        record = self.records[key]
         for part in PARTS:
-            tensors = {kind: tensor_at(room, place) for (of, kind), place in record.places.items() if of == part}
+            tensors = {kind: tensor_at(room, place) for (of, kind), place in self.record(key).places.items() if of == part}
             setattr(expert, part, self.linear(f"model.layers.{key[0]}.mlp.experts.{key[1]}.{part}", tensors))
         return expert
 
     def linear(self, name: str, parts: dict) -> nn.Module:
         """A matrix of an expert, from its bytes in a slot and what is kept of it for good."""
+        if self.checkpoint.config.weight_format == "plain":
+            return WideningLinear(parts["weight"]) if self.dtype else files.plain_linear(parts["weight"], self.device)
+        if "weight" in parts:
+            parts["weight_scale_inv"] = self.small(f"{name}.weight_scale_inv", parts)
+        else:
+            parts["weight_shape"] = self.small(f"{name}.weight_shape", parts)
+        return files.linear_at_rest(parts, self.device, by_codes=self.dtype is None and self.device.type == "cpu", own=True)
 
-        def get(full: str) -> torch.Tensor:
-            kind = full.rpartition(".")[2]
-            return parts[kind] if kind in parts else self.small(full)
-
-        linear = files.linear_from(self.checkpoint, name, None, self.device, get)
-        return WideningLinear(linear.weight) if type(linear) is nn.Linear else linear
-
-    def small(self, full: str) -> torch.Tensor:
-        """A tensor that lies far from its weights in the file and is small: kept once read, 250 MB for all of K2."""
+    def small(self, full: str, parts: dict) -> torch.Tensor:
+        """A tensor that lies far from its weights in the file and is small: kept once read, 250 MB for all of K2. With it
+        the weights are looked at, once: what is read again was read before."""
         if full not in self.kept:
-            self.kept[full] = self.checkpoint.finite(full).clone().to(self.device)
+            if "weight" in parts and fp8_has_nan(parts["weight"]):
+                raise K2Error(f"{self.checkpoint.where(full.removesuffix('_scale_inv'))}: expected finite numbers, found NaN. The shard is damaged: fetch it again.")
+            small = (self.checkpoint.scale if "weight" in parts else self.checkpoint.tensor)(full)
+            if "weight_packed" in parts:
+                files.check_int4_shape(self.checkpoint, full.removesuffix(".weight_shape"), {**parts, "weight_shape": small})
+            self.kept[full] = small.clone().to(self.device)
         return self.kept[full]
 
 
-def tensor_at(room, place: Place) -> torch.Tensor:
-    """The tensor at a place of a slot: a view, or a copy where the file puts it at an address its dtype cannot have."""
-    raw = room[place.offset : place.offset + place.size]
-    raw = raw if place.offset % place.dtype.itemsize == 0 else raw.clone()
-    return raw.view(place.dtype).view(place.shape)
+def large_tensors(checkpoint: Checkpoint) -> dict[str, int]:
+    """The tensors of one expert that lie in its slot, and their bytes; all experts are alike."""
+    config = checkpoint.config
+    prefix = f"{config.tensor_prefix}model.layers.{config.num_hidden_layers - 1}.mlp.experts.0."
+    specs = {name: spec for name, spec in expected_tensors(config).items() if name.startswith(prefix) and not name.endswith(SMALL)}
+    return {name: math.prod(spec.shape) * DTYPE_NAMES[spec.dtypes[0]].itemsize for name, spec in specs.items()}
+
+
+def room_size(checkpoint: Checkpoint) -> int:
+    """Bytes of a slot, enough for every expert: its large tensors, and the pages that each may begin and end in."""
+    return sum(-(-size // PAGE) * PAGE + PAGE for size in large_tensors(checkpoint).values())
+
+
+def kernel_bytes(checkpoint: Checkpoint, dtype, device: torch.device) -> int:
+    """What torch's INT4 kernel wants beside a slot: scale and zero of each group, where the file has the scale."""
+    if device.type != "cpu" or dtype is not None:
+        return 0
+    return sum(2 * size for name, size in large_tensors(checkpoint).items() if name.endswith("weight_scale"))
+
+
+class Bus:
+    """The way from RAM to a device, through a few pinned rooms in turn and on a stream of its own, so that experts cross
+    while others compute. On a CPU, which stands in for a device in the tests, it is two copies."""
+
+    def __init__(self, size: int, device: torch.device, rooms: int = 3):
+        self.cuda = device.type == "cuda"
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda) for _ in range(rooms)]
+        self.left: list = [None] * rooms  # when each room's last load had left it
+        self.stream, self.turn = torch.cuda.Stream(device) if self.cuda else None, 0
+
+    def carry(self, source, target):
+        """Start a copy; what `arrived` waits for. The target may still be read by what was started before."""
+        turn, self.turn = self.turn, (self.turn + 1) % len(self.pinned)
+        if self.left[turn]:
+            self.left[turn].synchronize()
+        self.pinned[turn].copy_(source)
+        if not self.cuda:
+            target.copy_(self.pinned[turn])
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(self.pinned[turn], non_blocking=True)
+            self.left[turn] = self.stream.record_event()
+        return self.left[turn]
+
+    def arrived(self, event):
+        """Let what is started from now on wait for a copy."""
+        if event:
+            torch.cuda.current_stream().wait_event(event)
+
+
+class GivingWay(nn.Module):
+    """An expert on a device. Where its product finds no memory there, a slot is given up and it is tried again."""
+
+    def __init__(self, expert: Expert, tier: Slots):
+        super().__init__()
+        self.expert, self.tier = expert, tier
+
+    def forward(self, x_MD):
+        return self.in_less_and_less(x_MD)
+
+    def in_less_and_less(self, x_MD):
+        """The answer, however many slots it takes."""
+        while True:
+            try:
+                return self.expert(x_MD)
+            except torch.OutOfMemoryError:
+                if not self.tier.shrink():
+                    raise K2Error("memory: the device has no room left beside one expert. Give less to --gpu-memory, or a shorter prompt.") from None
+                torch.cuda.empty_cache()
+
+
+class Visited(nn.Module):
+    """An expert that stays in RAM and computes on the CPU: the rows travel to it, and its answer back."""
+
+    def __init__(self, expert: Expert):
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, x_MD):
+        return self.expert(x_MD.cpu()).to(x_MD.device)
 
 
 class WideningLinear(nn.Module):
@@ -359,21 +443,40 @@ class StoredExperts(nn.Module):
         return self.store.fetch(self.layer, ids)
 
 
+class VisitedExperts(StoredExperts):
+    """The same for a model on a GPU whose experts compute on the CPU."""
+
+    def fetch(self, ids: list[int]):
+        """Yield (id, expert that takes rows from anywhere)."""
+        return ((e, Visited(expert)) for e, expert in super().fetch(ids))
+
+
+def guess_ahead(layer, arguments):
+    """Before a decoder layer runs: let its router judge what attention has not changed yet, and read what it would ask for."""
+    x_TD = arguments[0].flatten(0, -2)
+    expert_ids_TK, _ = layer.mlp.gate(layer.post_attention_layernorm(x_TD))
+    ids, counts = expert_ids_TK.unique(return_counts=True)
+    most_wanted = expert_ids_TK[0] if len(x_TD) == 1 else ids[counts.argsort(descending=True, stable=True)]
+    experts = layer.mlp.experts
+    experts.store.ahead(experts.layer, most_wanted.tolist(), AHEAD * len(x_TD))
+
+
 # ---- how much fits ----
 
 
-def weight_bytes(checkpoint: Checkpoint, dtype) -> tuple[int, int]:
-    """(routed experts, all else that must be in memory), bytes at rest, in the stored format or widened to a dtype.
+def weight_bytes(checkpoint: Checkpoint, dtype, device=torch.device("cpu")) -> tuple[int, int]:
+    """(routed experts, all else that must be in memory), bytes, in the stored format or widened as resolved_dtypes says.
 
-    The embedding is not counted, as its rows are read from the map.
+    The embedding is not counted, as its rows are read from the map. The experts' small tensors count as all else.
     """
-    sizes = {True: 0, False: 0}
+    sizes, (of_experts, of_the_rest) = {True: 0, False: 0}, resolved_dtypes(checkpoint.config, dtype, device)
     for name, spec in expected_tensors(checkpoint.config).items():
         entry = checkpoint.headers[checkpoint.weight_map[name]][name]
         stored = entry["data_offsets"][1] - entry["data_offsets"][0]
-        widened = math.prod(spec.shape) * (NIBBLES if name.endswith("packed") else 1) * (dtype.itemsize if dtype else 1)
+        widened_to = of_experts if ".mlp.experts." in name else of_the_rest
+        widened = math.prod(spec.shape) * (NIBBLES if name.endswith("packed") else 1) * (widened_to.itemsize if widened_to else 1)
         if "embed_tokens" not in name:
-            sizes[".mlp.experts." in name] += stored if dtype is None else widened
+            sizes[".mlp.experts." in name and not name.endswith(SMALL)] += stored if widened_to is None else widened
     return sizes[True], sizes[False]
 
 
@@ -397,28 +500,43 @@ def parse_size(text: str | None) -> int | None:
         raise K2Error(f"size: found {text!r}; expected a number of bytes with or without a unit, such as 3GB.") from None
 
 
-def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layers: int | None = None) -> K2:
+def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layers: int | None = None, compiled: bool = False, experts_on: str = "device") -> K2:
     """A model with a checkpoint's weights, ready to run: `checkpoint.load` where all experts fit into the device's
     memory, and else with an expert store in their place.
 
     ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
-    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. Raises K2Error if
-    the non-routed weights and one expert do not fit. With `layers` it is the model of that many first layers.
+    there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. With `layers` it is
+    the model of that many first layers; `compiled` lets torch.compile make the products of decode; `experts_on` "cpu" leaves
+    the experts in RAM and computes them there, which rounds differently from a GPU. Raises K2Error if the non-routed
+    weights and one expert do not fit.
     """
     checkpoint, device = Checkpoint(directory, layers), torch.device(device)
     if gpu_memory is not None and device.type == "cpu":
         raise K2Error("--gpu-memory: set for a model on the CPU; expected a GPU. Use --ram, or --device cuda.")
-    dtype = compute_dtype(checkpoint.config, dtype, device)
-    routed, rest = weight_bytes(checkpoint, dtype)
+    of_experts, _ = resolved_dtypes(checkpoint.config, dtype, device)
+    routed, rest = weight_bytes(checkpoint, dtype, device)
     ram = int(free_memory() * 0.9) if ram is None else ram
     on_gpu = device.type != "cpu"
     room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    if routed + rest <= room:
-        return filled_model(checkpoint, device, dtype, files.resident_experts)
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
-    store = ExpertStore(checkpoint, ram, device, room - rest) if on_gpu else ExpertStore(checkpoint, ram - rest)
-    return filled_model(checkpoint, device, dtype, store.layer)
+    make_experts = files.resident_experts
+    if experts_on == "cpu":
+        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts).visited_layer
+    elif routed + rest > room:
+        store = ExpertStore(checkpoint, ram, device, room - rest, dtype=of_experts) if on_gpu else ExpertStore(checkpoint, ram - rest, dtype=of_experts)
+        make_experts = store.layer
+    model = filled_model(checkpoint, device, dtype, make_experts)
+    model.register_forward_pre_hook(lambda *_: checkpoint.check_unchanged())
+    model = model if make_experts is files.resident_experts else with_guesses(model)
+    return with_compiled_products(model) if compiled else model
+
+
+def with_guesses(model: K2) -> K2:
+    """The model, its layers with experts told to read ahead."""
+    for layer in model.model.layers[model.config.first_k_dense_replace :]:
+        layer.register_forward_pre_hook(guess_ahead)
+    return model
 
 
 def store_of(model: K2) -> ExpertStore | None:

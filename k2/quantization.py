@@ -10,6 +10,8 @@ Despite its name weight_scale_inv is multiplied: weight = code x scale (DeepSeek
 does not divide by 128 its last blocks are smaller: kv_a_proj_with_mqa has 576 rows and 5 rows of scales.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,18 +20,37 @@ BLOCK = 128
 GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
+PANEL = 2**21  # weights that are widened at a time
+FEW = 16  # rows of x from which widening the weights is worth its time
 
 
-def fp8_values(code_OI):
-    """float8_e4m3fn codes as float32, exactly, 2^120 times too small: see fp8_dequantize. NaN codes stay NaN.
+def fp8_finite_values(code_OI):
+    """float8_e4m3fn codes as float32, exactly, 2^120 times too small: see fp8_dequantize. There must be no NaN among them.
 
     On the CPU torch's own cast takes codes one by one, at half a gigabyte a second. Shifted by 20 bits an e4m3 code is
     already a float32, sign and exponent and fraction in place; only the exponent's bias differs, by 120.
     """
-    byte_OI = code_OI.view(torch.int8)
-    bits_OI = byte_OI.to(torch.int32) << 20
-    value_OI = (bits_OI & -0x78100000).view(torch.float32)  # the sign, and the seven bits below the shifted copies of it
-    return value_OI.masked_fill_((byte_OI & 0x7F) == 0x7F, torch.nan)
+    bits_OI = code_OI.view(torch.int8).to(torch.int32)
+    bits_OI.bitwise_left_shift_(20)
+    bits_OI.bitwise_and_(-0x78100000)  # the sign, and the seven bits below the shifted copies of it
+    return bits_OI.view(torch.float32)
+
+
+def fp8_values(code_OI):
+    """The same where a code may be NaN, and stays it."""
+    value_OI = fp8_finite_values(code_OI)
+    return value_OI.masked_fill_((code_OI.view(torch.int8) & 0x7F) == 0x7F, torch.nan) if fp8_has_nan(code_OI) else value_OI
+
+
+def fp8_has_nan(code_OI) -> bool:
+    """True if a code is one of e4m3's two NaNs, 0x7F and 0xFF."""
+    return bool(code_OI.view(torch.int8).amax() == 0x7F or code_OI.view(torch.uint8).amax() == 0xFF)
+
+
+def panels(rows: int, columns: int) -> list[slice]:
+    """A matrix's rows in pieces of whole blocks, each small enough to stay in a cache while it is widened."""
+    step = max(1, PANEL // (BLOCK * columns)) * BLOCK
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32):
@@ -39,11 +60,42 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32):
     """
     O, I = code_OI.shape
     weight_OI = torch.empty(O, I, dtype=dtype, device=code_OI.device)
-    for b, scale_G in enumerate(scale_BG * 2.0**120):  # panels of 128 rows, small enough to stay in the cache
-        scale_I = scale_G.repeat_interleave(BLOCK)[:I]
-        rows = slice(b * BLOCK, (b + 1) * BLOCK)
-        weight_OI[rows] = fp8_values(code_OI[rows]) * scale_I
+    scale_BI = (scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)[:, :I]
+    for rows in panels(O, I):
+        weight_OI[rows] = fp8_scaled(code_OI[rows], scale_BI[rows.start // BLOCK :])
     return weight_OI
+
+
+def fp8_scaled(code_OI, scale_BI):
+    """The float32 weights of a panel, its blocks' scales given column by column."""
+    value_OI = fp8_values(code_OI)
+    for b, row in enumerate(range(0, len(value_OI), BLOCK)):
+        value_OI[row : row + BLOCK] *= scale_BI[b]
+    return value_OI
+
+
+def fp8_product(x_MI, code_OI, scale_BG, values=fp8_values):
+    """x W^T for a few rows of x, (M, O): a weight is read once then, and scaling all of them would cost more than the
+    product. So each block of 128 rows meets its own scaled copy of x, and its codes are only widened.
+
+    float32 throughout (float64 for a float64 x): more exact than rounding the weights to bfloat16 first. `values` may
+    be fp8_finite_values where no code is NaN.
+    """
+    wide, (O, I) = torch.promote_types(x_MI.dtype, torch.float32), code_OI.shape
+    # The values' missing 2^120 is half on this side and half on the other: all of it here could overflow.
+    scale_BI = (scale_BG * 2.0**60).to(wide).repeat_interleave(BLOCK, dim=1)[:, :I]
+    x_BMI = x_MI.to(wide) * scale_BI.unsqueeze(1)
+    parts = [part for rows in panels(O, I) for part in panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))]
+    return (torch.cat(parts, dim=-1) * 2.0**60).to(x_MI.dtype)
+
+
+def panel_products(x_BMI, value_OI):
+    """The columns of a panel's product, (M, whole blocks' rows) and, of a last block with fewer rows, (M, the rest)."""
+    value_OI, whole = value_OI.to(x_BMI.dtype), len(value_OI) // BLOCK
+    blocks = x_BMI[:whole] @ value_OI[: whole * BLOCK].unflatten(0, (whole, BLOCK)).mT
+    yield blocks.transpose(0, 1).flatten(1)
+    if whole * BLOCK < len(value_OI):
+        yield x_BMI[whole] @ value_OI[whole * BLOCK :].mT
 
 
 def fp8_quantize(weight_OI):
@@ -99,6 +151,25 @@ class FP8Linear(nn.Module):
         return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype))
 
 
+class FP8CodesLinear(FP8Linear):
+    """The same for a CPU, where few rows of x meet the codes themselves."""
+
+    def __init__(self, code_OI, scale_BG, values=None):
+        super().__init__(code_OI, scale_BG)
+        self.values = values  # fp8_values or fp8_finite_values; known once the codes have been looked at
+
+    def forward(self, x_MI):
+        if x_MI.shape[:-1].numel() >= FEW:
+            return super().forward(x_MI)
+        self.values = self.values or self.reading()
+        rows = x_MI.reshape(-1, x_MI.shape[-1])
+        return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
+
+    def reading(self):
+        """The faster reading, unless there is a NaN among the codes."""
+        return fp8_values if fp8_has_nan(self.weight) else fp8_finite_values
+
+
 class INT4Linear(nn.Module):
     """nn.Linear without bias whose weight stays packed INT4 at rest and is widened to x's dtype for each product."""
 
@@ -110,3 +181,58 @@ class INT4Linear(nn.Module):
 
     def forward(self, x_MI):
         return F.linear(x_MI, int4_dequantize(self.weight_packed, self.weight_scale, x_MI.dtype))
+
+
+class INT4KernelLinear(INT4Linear):
+    """The same for a CPU, by torch's own kernel, which multiplies packed weights as they are, in its own order of them.
+
+    They are brought into that order at the first use; with `in_place` where they lie, which then hold nothing else.
+    """
+
+    def __init__(self, packed_OU, scale_OG, shape_2, in_place: bool = False):
+        super().__init__(packed_OU, scale_OG, shape_2)
+        self.in_place, self.ordered = in_place, None
+
+    def forward(self, x_MI):
+        weight_OL, scale_GO2 = self.ordered = self.ordered or self.in_kernel_order(x_MI.dtype)
+        rows = x_MI.reshape(-1, x_MI.shape[-1])
+        return torch._weight_int4pack_mm_for_cpu(rows, weight_OL, GROUP, scale_GO2).view(*x_MI.shape[:-1], -1)
+
+    def in_kernel_order(self, dtype):
+        """The packed words as uint8 (O, I / 2), and (scale, zero) of each group (G, O, 2) in the dtype of x."""
+        weight_OL = int4_kernel_order(self.weight_packed)
+        if self.in_place:
+            weight_OL = self.weight_packed.data.view(torch.uint8).copy_(weight_OL)
+        scale_GO = self.weight_scale.mT.to(dtype)
+        return weight_OL, torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1)
+
+
+KERNEL_STEP = 16  # torch's kernel takes matrices whose rows divide by it
+KERNEL_ROWS = 64  # rows whose nibbles torch's kernel keeps together, where it has AVX-512
+
+
+def int4_kernel_order(packed_OU):
+    """Packed words (O, U) int32 -> the bytes (O, 4 U) that torch's CPU kernel reads; O must divide by KERNEL_STEP.
+
+    torch's own converter wants every nibble as an int32 first. Where its order is the one written here, and a trial on
+    a small matrix says so, bytes are moved directly, seven times as fast.
+    """
+    if len(packed_OU) % KERNEL_ROWS or not kernel_order_is_known():
+        return torch._convert_weight_to_int4pack_for_cpu(int4_unpack(packed_OU) + 8, 1)
+    return reordered_nibbles(packed_OU)
+
+
+def reordered_nibbles(packed_OU):
+    """For each 64 rows and each input: 32 bytes, byte j holding row j in its low and row j + 32 in its high nibble."""
+    O, U = packed_OU.shape
+    first_BLG, second_BLG = packed_OU.view(torch.uint8).unflatten(0, (-1, 2, KERNEL_ROWS // 2)).unbind(1)
+    even_BGL = (first_BLG & 15 | second_BLG << 4).mT  # a stored byte holds an even input low and the odd one high
+    odd_BGL = (first_BLG >> 4 | second_BLG & 240).mT
+    return torch.stack((even_BGL, odd_BGL), dim=2).view(O, 4 * U)
+
+
+@functools.cache
+def kernel_order_is_known() -> bool:
+    """True if torch's converter makes, on this machine, what `reordered_nibbles` makes."""
+    words_OU = torch.randint(-(2**31), 2**31 - 1, (2 * KERNEL_ROWS, 12), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    return torch.equal(torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words_OU) + 8, 1), reordered_nibbles(words_OU))

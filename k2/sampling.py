@@ -23,10 +23,12 @@ class Sampler:
         if seed is None:
             self.random.seed()
 
-    def __call__(self, logits_W) -> int:
+    def __call__(self, logits_W, allowed_W=None) -> int:
         logits_W = logits_W.cpu()  # the draw is made on the CPU, so that a seed gives one text on every device
         if not logits_W.isfinite().all():
             raise K2Error("logits: expected finite numbers, found NaN or infinity. The weights are damaged, or activations overflowed: try --dtype float32.")
+        if allowed_W is not None:  # a constraint's mask; none of the mass goes to the others
+            logits_W = logits_W.masked_fill(~allowed_W, -torch.inf)
         if self.temperature == 0:
             return int(logits_W.argmax())
         # Less their maximum before the division, so that no temperature, however small, makes an infinity.

@@ -115,3 +115,10 @@ def absorbed_flops(c: K2Config, T: int, S: int) -> int:
     """The same with W^UK moved to the query's side and W^UV behind the sum."""
     H, C = c.num_attention_heads, c.kv_lora_rank
     return 2 * (H * T * c.qk_nope_head_dim * C + H * T * S * (C + c.qk_rope_head_dim) + H * T * S * C + H * T * C * c.v_head_dim)
+
+
+def characters() -> int:
+    """Rows of the grammar's table of a character in a string."""
+    from k2.grammar import CHARACTER
+
+    return len(CHARACTER)

@@ -274,17 +274,17 @@ MUTANTS = (
     # ---- stored formats ----
     Mutant(
         "FP8 scales transposed", "quantization.py",
-        "enumerate(scale_BG * 2.0**120)", "enumerate(scale_BG.mT.reshape(scale_BG.shape) * 2.0**120)",
+        "(scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)", "(scale_BG.mT.reshape(scale_BG.shape) * 2.0**120).repeat_interleave(BLOCK, dim=1)",
         "tests/test_quantization.py::test_a_scale_touches_its_own_block_and_no_other",
     ),
     Mutant(
         "ragged last block misread: columns shared out evenly", "quantization.py",
-        "scale_G.repeat_interleave(BLOCK)[:I]", "scale_G.repeat_interleave(-(-I // len(scale_G)))[:I]",
+        "(scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)", "(scale_BG * 2.0**120).repeat_interleave(-(-I // scale_BG.shape[1]), dim=1)",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "rows = slice(b * BLOCK, (b + 1) * BLOCK)", "rows = slice(O * b // len(scale_BG), O * (b + 1) // len(scale_BG))",
+        "value_OI[row : row + BLOCK] *= scale_BI[b]", "value_OI[row : row + BLOCK] *= scale_BI[min(b, max(len(value_OI) // BLOCK - 1, 0))]",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
@@ -302,6 +302,16 @@ MUTANTS = (
         "a slot given away while its expert is in use", "offload.py",
         "oldest = next((k for k in self.slot_of if k not in self.held), None)", "oldest = next(iter(self.slot_of), None)",
         "tests/test_offload.py::test_a_slot_in_use_is_never_given_away",
+    ),
+    Mutant(
+        "few rows: every block of rows scaled as the first", "quantization.py",
+        "panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))", "panel_products(x_BMI, values(code_OI[rows]))",
+        "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
+    ),
+    Mutant(
+        "INT4: the kernel given the words as they are stored", "quantization.py",
+        "weight_OL = int4_kernel_order(self.weight_packed)", "weight_OL = self.weight_packed.data.view(torch.uint8).clone()",
+        "tests/test_quantization.py::test_torchs_int4_kernel_gives_the_dequantised_product",
     ),
     # ---- the optimizer ----
     Mutant(
@@ -399,5 +409,132 @@ MUTANTS = (
         "embedding put under Muon", "training/muonclip.py",
         "tables = {model.model.embed_tokens.weight, model.lm_head.weight}", "tables = {model.lm_head.weight}",
         "tests/test_muonclip.py::test_muon_takes_every_matrix_but_the_two_tables",
+    ),
+    # ---- the chat format ----
+    Mutant(
+        "generation prompt missing", "chat.py",
+        "return [*parts, ASSISTANT, \"assistant\", MIDDLE] if add_generation_prompt else parts", "return parts",
+        "tests/test_chat.py::test_a_dialog_with_a_system_message",
+    ),
+    Mutant(
+        "user text encoded with special strings allowed", "chat.py",
+        "if is_marker else tokenizer.encode(part)", "if is_marker else tokenizer.encode(part, allow_special=True)",
+        "tests/test_chat.py::test_special_strings_in_user_text_tool_results_and_json_strings_stay_text",
+    ),
+    Mutant(
+        "an empty content taken for a list of parts", "chat.py",
+        "    return content or \"\"\n", "    return content or \"[]\"\n",
+        "tests/test_chat.py::test_content_may_be_text_nothing_or_parts",
+    ),
+    Mutant(
+        "arguments encoded as JSON once more", "chat.py",
+        "given if isinstance(given, str) else as_json(given)", "as_json(given)",
+        "tests/test_chat.py::test_arguments_given_as_text_stand_as_they_are_and_objects_become_json_with_default_separators",
+    ),
+    Mutant(
+        "the index of a call starts again in every message", "chat.py",
+        "for call, place in zip(message.get(\"tool_calls\") or (), count):", "for place, call in enumerate(message.get(\"tool_calls\") or ()):",
+        "tests/test_chat.py::test_foreign_ids_are_numbered_through_the_whole_conversation",
+    ),
+    Mutant(
+        "the first answer ends all reasoning, not the last", "chat.py",
+        "answered = max((n for n, m in enumerate(messages) if is_answer(m)), default=-1)", "answered = min((n for n, m in enumerate(messages) if is_answer(m)), default=-1)",
+        "tests/test_chat.py::test_thinking_looks_for_the_last_answer_and_not_the_first",
+    ),
+    Mutant(
+        "tool JSON with blanks behind commas and colons", "chat.py",
+        "separators=(\",\", \":\"), sort_keys=thinking", "sort_keys=thinking",
+        "tests/test_chat.py::test_tool_json_is_compact_keeps_other_scripts_and_angle_brackets_and_only_thinking_sorts_its_keys",
+    ),
+    Mutant(
+        "the open message of Partial Mode closed", "chat.py",
+        "        return parts[:-1]\n", "        return parts\n",
+        "tests/test_chat.py::test_a_partial_message_is_left_open_with_its_prefix_and_name",
+    ),
+    Mutant(
+        "markers in a template's output not told from markers in texts", "chat.py",
+        "for name in tokenizer.special for edge in (name[0], name[-1])", "for name in () for edge in (name[0], name[-1])",
+        "tests/test_chat.py::test_a_marker_in_a_text_is_none_in_a_templates_output",
+    ),
+    Mutant(
+        "names with a hyphen or a dot not read", "reply.py",
+        "name = head.removeprefix(\"functions.\").strip(BLANKS)", "name = re.match(r\"\\w*\", head.removeprefix(\"functions.\"))[0]",
+        "tests/test_reply.py::test_a_reply_is_read_as_it_was_meant",
+    ),
+    Mutant(
+        "the delta's index is the number in the id", "reply.py",
+        "{\"index\": self.calls, \"id\": i,", "{\"index\": int(i.rpartition(\":\")[2]), \"id\": i,",
+        "tests/test_reply.py::test_the_index_is_the_place_in_this_reply_and_not_the_ids_number",
+    ),
+    Mutant(
+        "half a marker at the end of a piece given out as text", "reply.py",
+        "end = len(text) - possible_marker(text, at, self._state)", "end = len(text)",
+        "tests/test_reply.py::test_a_stream_cut_anywhere_means_the_same",
+    ),
+    Mutant(
+        "a call inside an open thought taken for thinking", "reply.py",
+        "map(re.escape, (*MARKERS, THINK_END))", "map(re.escape, (THINK_END,))",
+        "tests/test_reply.py::test_a_reply_is_read_as_it_was_meant",
+    ),
+    # ---- constrained text ----
+    Mutant(
+        "numbers with a zero in front", "grammar.py",
+        "\"zero\": [(b\".\", \"point\"), (b\"eE\", \"e\")]", "\"zero\": [(DIGIT, \"whole\"), (b\".\", \"point\"), (b\"eE\", \"e\")]",
+        "tests/test_grammar.py::test_all_short_texts_are_documents_just_when_python_says_so",
+    ),
+    Mutant(
+        "bytes above 127 pass in strings whether or not they are UTF-8", "grammar.py",
+        "(span(0xC2, 0xDF), \"1 more\")", "(span(0x80, 0xDF), \"1 more\")",
+        "tests/test_grammar.py::test_every_byte_sequence_in_a_string_passes_just_when_it_is_utf8",
+    ),
+    Mutant(
+        "half a surrogate pair in an escape", "grammar.py",
+        "(b\"89abAB\", \"high 2\")", "(b\"89abAB\", \"2 hex\")",
+        "tests/test_grammar.py::test_escapes_of_surrogates_come_in_pairs",
+    ),
+    Mutant(
+        "an object may end without its required members", "grammar.py",
+        "if self.object.required <= self.seen:", "if True:",
+        "tests/test_grammar.py::test_members_come_in_any_order_but_only_once",
+    ),
+    Mutant(
+        "a comma before the closing brace", "grammar.py",
+        "if self.first and not self.object.required:", "if not self.object.required:",
+        "tests/test_grammar.py::test_all_short_texts_are_documents_just_when_python_says_so",
+    ),
+    Mutant(
+        "length counts bytes and not characters", "grammar.py",
+        "begins = self.where == \"\"", "begins = self.where == \"\" or \"more\" in self.where",
+        "tests/test_grammar.py::test_lengths_count_characters_and_elements",
+    ),
+    Mutant(
+        "a token judged by its first byte", "constraint.py",
+        "behind_W[ids] = states[nodes]", "behind_W[[i for i, t in enumerate(self.vocabulary.tokens) if self.rows[s, t[0]]]] = s",
+        "tests/test_constraint.py::test_a_mask_is_what_trying_every_token_gives",
+    ),
+    Mutant(
+        "the limit noticed one token too late", "constraint.py",
+        "if left > most:", "if left >= most:",
+        "tests/test_constraint.py::test_the_longest_choice_at_every_step_still_ends_in_time",
+    ),
+    Mutant(
+        "a document cut at the limit", "constraint.py",
+        "if left > most:", "if True:",
+        "tests/test_constraint.py::test_sampled_documents_always_parse_and_end_within_every_limit",
+    ),
+    Mutant(
+        "a stop token allowed before the document is complete", "constraint.py",
+        "            if is_complete(stacks):\n", "            if True:\n",
+        "tests/test_constraint.py::test_a_stop_id_is_allowed_just_where_the_document_is_complete",
+    ),
+    Mutant(
+        "every call has the same number", "constraint.py",
+        "self._state, self.number = \"call ended\", self.number + 1", "self._state, self.number = \"call ended\", self.number",
+        "tests/test_constraint.py::test_constrained_calls_are_in_form_of_declared_tools_and_fit_their_schemas",
+    ),
+    Mutant(
+        "the mask not applied", "sampling.py",
+        "if allowed_W is not None:", "if False:",
+        "tests/test_constraint.py::test_any_object_that_keeps_the_contract_is_a_constraint",
     ),
 )  # fmt: skip

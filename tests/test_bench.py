@@ -1,62 +1,72 @@
-"""The benchmark: both engines run the same checkpoint to the same tokens, and what is printed is what was measured."""
+"""The table of budgets: what is printed is what was measured, beside ceilings of the same run."""
 
 import json
 
 import pytest
-import torch
 from small import random_model, small_config
 
+import k2
 from k2 import K2Error, bench
+from k2.__main__ import main
 from k2.checkpoint import save
+
+SETTINGS = {"device": "cpu", "dtype": "stored", "gpu_memory": None, "prompt": 20, "new": 3, "compiled": False}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint that transformers takes too (its kernel wants widths of whole 16 bytes), with a vocabulary as wide as the benchmark's prompts."""
+    """A small FP8 checkpoint."""
     directory = tmp_path_factory.mktemp("bench") / "model"
-    save(random_model(small_config(vocab_size=4096, moe_intermediate_size=28)), directory, format="fp32", shards=1)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
+    save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), directory, format="fp8", shards=2)
     return directory
 
 
-@pytest.fixture
-def children_in_process(monkeypatch):
-    """No process per measurement: the figures are not looked at here."""
-    monkeypatch.setattr(bench, "run_child", lambda *arguments: bench.child(*map(str, arguments[:2]), *arguments[2:]))
+def test_a_measurement_counts_what_moved(directory):
+    free = bench.alone(directory, {**SETTINGS, "ram": None})
+    assert free["hits"] == 1.0 and free["disk_per_token"] == 0 and free["slots"] == 0
+    tight = bench.alone(directory, {**SETTINGS, "ram": 200_000})
+    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0
+    assert tight["last_id"] == free["last_id"], "another budget, another token"
+    assert all(found[key] > 0 for found in (free, tight) for key in ("load", "first", "prefill", "decode", "compute", "peak", "active_bytes"))
 
 
-def test_a_measurement_is_of_this_many_tokens(directory):
-    found = bench.child("k2", str(directory), 70, 5)
-    assert len(found["ids"]) == 6 and found["prefill"] == pytest.approx(70 / found["first"])
-    assert all(found[key] > 0 for key in ("load", "first", "prefill", "decode", "peak"))
+def test_active_bytes_are_all_but_the_experts_that_are_not_asked(directory):
+    from k2.checkpoint import Checkpoint
+    from k2.offload import weight_bytes
+
+    routed, rest = weight_bytes(Checkpoint(directory), None)
+    assert bench.active_bytes(directory, SETTINGS) == pytest.approx(rest + routed * 4 / 11)
 
 
-@pytest.mark.oracle
-def test_both_engines_choose_the_same_tokens(directory, children_in_process, capsys):
-    pytest.importorskip("transformers", reason="tests/requirements-oracles.txt is not installed")
-    bench.compare("small", directory, 70, 5, 1)
-    printed = capsys.readouterr().out
-    assert "same greedy tokens: yes" in printed and printed.count("times transformers") == 2
+def test_shares_are_of_the_ceilings_of_the_run(monkeypatch, directory, capsys):
+    run = {"ram": 2_000_000_000, "load": 1.0, "first": 2.0, "prefill": 100.0, "prefill_disk_rate": 0.5e9, "decode": 4.0, "hits": 0.25, "disk_per_token": 0.2, "wait": 0.1,
+           "compute": 0.15, "active_bytes": 2.5e9, "peak": 1000.0}  # fmt: skip
+    monkeypatch.setattr(bench, "run_child", lambda *_: dict(run))
+    rates = iter([{"ram": 10e9, "disk": 2e9}, {"ram": 20e9, "disk": 1e9}])
+    monkeypatch.setattr(bench, "measured_ceilings", lambda *_: next(rates))
+    assert main(["bench", str(directory), "--ram", "2GB", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ceilings"] == {"ram": 20e9, "disk": 2e9}, "the best of the rounds"
+    [row] = found["runs"]
+    assert (row["ram_share"], row["disk_share"], row["prefill_disk_share"]) == (pytest.approx(0.5), pytest.approx(0.4), pytest.approx(0.25))
+    assert "2.0 GB" in bench.table(found) and "40%" in bench.table(found)
 
 
-def test_tokens_that_differ_are_shouted(directory, monkeypatch, capsys):
-    fake = {"load": 1.0, "first": 1.0, "prefill": 10.0, "decode": 3.0, "peak": 7.0}
-    monkeypatch.setattr(bench, "run_child", lambda engine, *_: {**fake, "decode": {"k2": 6.0, "transformers": 3.0}[engine], "ids": [len(engine)]})
-    bench.compare("small", directory, 70, 5, 3)
-    printed = capsys.readouterr().out
-    assert "same greedy tokens: NO" in printed and "decode: 2.00 times transformers (2.00 to 2.00)" in printed
+def test_a_child_that_fails_is_quoted(tmp_path):
+    with pytest.raises(K2Error, match="bench: .*expected a checkpoint directory"):
+        bench.run_child(tmp_path / "nothing", {**SETTINGS, "ram": None})
 
 
-def test_an_engine_that_fails_is_named(tmp_path):
-    with pytest.raises(K2Error, match="k2 failed"):
-        bench.run_child("k2", tmp_path / "nothing", 4, 1)
+def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, capsys):
+    assert main(["bench", str(directory), "--new", "0"]) == 2
+    assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2
+    assert "expected one of mid, big, slice" in capsys.readouterr().err
 
 
-def test_the_mid_size_model_has_the_sizes_of_an_ordinary_one():
-    from k2.__main__ import MINI
-    from k2.config import K2Config
-
-    with torch.device("meta"):
-        config = bench.random_model(K2Config.from_json(MINI)).config
-    assert (config.hidden_size, config.num_hidden_layers, config.n_routed_experts) == (1024, 8, 64)
+def test_the_cost_of_a_long_context_is_measured_behind_so_many_tokens(directory, capsys):
+    assert main(["bench", str(directory), "--context", "600", "40", "--dtype", "stored"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [int(row.split()[0]) for row in rows[1:]] == [40, 600], "in order, past the model's own window of 512 too"
+    model = k2.load(directory, dtype=None)
+    cache = bench.filled_cache(model, 40)
+    assert cache.length == 40 and bench.trimmed(cache, 12).length == 12

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from small import assert_close, assert_same, random_ids, random_model, small_config
+from small import assert_close, assert_same, random_ids, random_model, recorded_choices, reference_logits, small_config
 
 import k2
 from k2 import checkpoint
@@ -168,14 +168,20 @@ def test_dtype_none_keeps_the_stored_format_at_rest(saved, format, kind):
     model, stored = k2.load(saved(format), dtype=None), merged(read_shards(saved(format)))
     assert isinstance(model.model.layers[1].mlp.experts[4].down_proj, kind)
     for name, tensor in model.state_dict().items():
-        if "kv_b_proj" not in name:
+        if "kv_b_proj" not in name and not name.endswith("gate.weight"):  # absorption reads the one, and the other computes in float32
             assert tensor.dtype == stored[name].dtype, name
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weights_at_rest_compute_what_dequantised_ones_do_bit_for_bit(saved, format):
+def test_weights_at_rest_compute_what_dequantised_ones_do(saved, format):
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
-    assert_same(k2.load(saved(format), dtype=None)(IDS), k2.load(saved(format), dtype=dtype)(IDS), format)
+    model, widened = k2.load(saved(format), dtype=None), k2.load(saved(format), dtype=dtype)
+    if format in ("fp8", "int4"):  # few rows meet the codes themselves, and are rounded less: held to float64 with the same choices
+        with recorded_choices(model) as choices:
+            found = model(IDS)
+        assert_close(found, reference_logits(widened, IDS, choices, tolerance=0.05), 0.06, format)
+    else:
+        assert_same(model(IDS), widened(IDS), format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, None])
@@ -195,7 +201,7 @@ def test_moonlights_bfloat16_bias_is_widened_without_loss(saved, tmp_path):
 
 def test_auto_is_float32_for_a_small_model_and_the_stored_format_for_k2(saved):
     config = k2.K2Config.from_json(Path(k2.__file__).parent / "configs" / "kimi-k2-instruct.json")
-    assert checkpoint.compute_dtype(config, "auto", torch.device("cpu")) is None
+    assert checkpoint.resolved_dtypes(config, "auto", torch.device("cpu")) == (None, None)
     assert {p.dtype for p in k2.load(saved("fp8")).parameters()} == {torch.float32}
 
 
@@ -386,6 +392,7 @@ import k2
 from small import random_model, small_config
 
 folder = Path(sys.argv[1])
+k2.checkpoint.keep_freed_memory = lambda: None  # what malloc keeps for the next allocation is not what an action holds
 
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024

@@ -2,20 +2,25 @@
 
 import math
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import assert_same, relative_error
+from small import assert_close, assert_same, relative_error
 
+from k2 import quantization
 from k2.quantization import (
+    FP8CodesLinear,
     FP8Linear,
+    INT4KernelLinear,
     INT4Linear,
     fp8_dequantize,
     fp8_quantize,
     fp8_values,
     int4_dequantize,
+    int4_kernel_order,
     int4_quantize,
     int4_unpack,
 )
@@ -237,6 +242,54 @@ def test_int4_linear_is_f_linear_with_the_dequantised_matrix(dtype):
     expected = (values.float().unflatten(-1, (-1, 32)) * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
     linear = INT4Linear(words, scales, torch.tensor([9, 64], dtype=torch.int32))
     assert_same(linear(x), F.linear(x, expected), str(dtype))
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.float64, 1e-12), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows, columns", RAGGED)
+def test_few_rows_meet_the_codes_and_get_the_dequantised_product(rows, columns, dtype, limit):
+    codes, scales = codes_and_scales(rows, columns)
+    exact = codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    for panel in (1, quantization.PANEL):  # a block of rows at a time, and all at once
+        for count in (1, 3, quantization.FEW - 1):
+            x = normal(count, columns, seed=count).to(dtype)
+            with mock.patch.object(quantization, "PANEL", panel):
+                found = FP8CodesLinear(codes, scales)(x)
+            assert_close(found, x.double() @ exact.T, limit, f"{count} rows, panels of {panel}")
+    many = normal(2, quantization.FEW, columns).to(dtype)
+    assert_same(FP8CodesLinear(codes, scales)(many), FP8Linear(codes, scales)(many), "many rows")
+
+
+def test_the_smallest_codes_count_in_a_product_of_few_rows():
+    codes = torch.tensor([[1, 0x81, 7, 0]], dtype=torch.uint8).view(torch.float8_e4m3fn)  # below the smallest normal number
+    found = FP8CodesLinear(codes, torch.full((1, 1), 3.0))(torch.tensor([[1.0, 10.0, 100.0, 1.0]]))
+    assert float(found) == 3 * (1 - 10 + 700) * 2.0**-9
+
+
+def test_a_nan_code_is_nan_in_a_product_of_few_rows_too():
+    codes, scales = codes_and_scales(200, 130)
+    codes = codes.clone()
+    codes.view(torch.uint8)[150, 7] = 0xFF
+    found = FP8CodesLinear(codes, scales)(normal(2, 130))
+    assert found[:, 150].isnan().all() and int(found.isnan().sum()) == 2
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows, columns", [(64, 64), (192, 96), (48, 32)])  # 48: not a multiple of the kernel's 64
+@pytest.mark.parametrize("in_place", [False, True])
+def test_torchs_int4_kernel_gives_the_dequantised_product(rows, columns, dtype, limit, in_place):
+    _, words, scales = random_int4(rows, columns)
+    exact = int4_dequantize(words, scales, torch.float64)
+    linear = INT4KernelLinear(words.clone(), scales, torch.tensor([rows, columns], dtype=torch.int32), in_place)
+    for x in (normal(1, columns), normal(2, 9, columns)):
+        x = x.to(dtype)
+        assert_close(linear(x), x.double() @ exact.T, limit, f"{tuple(x.shape)}")
+    assert torch.equal(linear.weight_packed, words) != (in_place and rows * columns > 0), "the stored words are kept unless the memory is its own"
+
+
+def test_the_kernels_order_is_torchs_own():
+    _, words, _ = random_int4(128, 64)
+    theirs = torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words) + 8, 1)
+    assert_same(int4_kernel_order(words), theirs, "by whichever way this machine takes")
 
 
 def test_the_linears_keep_their_weights_at_rest_under_the_checkpoints_names():

@@ -101,7 +101,13 @@ class OnPaper:
         spec = self.specs[name]
         return torch.ones(()).to(DTYPE_NAMES[spec.dtypes[0]]).expand(spec.shape)
 
-    finite = tensor
+    finite = scale = tensor
+
+    def holds(self, name: str) -> bool:
+        return name in self.specs
+
+    def let_go(self, name: str):
+        """There is no map."""
 
 
 def test_the_model_made_from_the_real_config_has_the_real_files_names_shapes_and_dtypes():
@@ -118,6 +124,9 @@ def test_the_model_made_from_the_real_config_has_the_real_files_names_shapes_and
         name = f"model.layers.{i}.self_attn.kv_b_proj.weight"
         expected[name] = (torch.bfloat16, expected[name][1])
         del expected[f"{name}_scale_inv"]
+    for i in range(config.first_k_dense_replace, config.num_hidden_layers):  # the router computes in float32
+        name = f"model.layers.{i}.mlp.gate.weight"
+        expected[name] = (torch.float32, expected[name][1])
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     differing = [f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     assert not differing, f"{len(differing)} tensors differ:\n" + "\n".join(differing[:20])
@@ -179,7 +188,7 @@ checkpoint = Checkpoint(sys.argv[3])
 opened = time.perf_counter() - started
 store = ExpertStore(checkpoint, 100_000_000)
 indexed = time.perf_counter() - started
-same, reads = True, len(store.records[30, 217].spans)
+same, reads = True, len(store.record((30, 217)).spans)
 for e, expert in store.fetch(30, [217]):
     for part in ("gate_proj", "up_proj", "down_proj"):
         for kind in ("weight", "weight_scale_inv"):
@@ -187,8 +196,8 @@ for e, expert in store.fetch(30, [217]):
             mapped, fetched = checkpoint.tensor(name), getattr(getattr(expert, part), kind)
             expected = marked_bytes(name, fetched.numel() * fetched.element_size())
             same &= all(t.detach().contiguous().view(torch.uint8).numpy().tobytes() == expected for t in (mapped, fetched))
-print(json.dumps({"opened": opened, "indexed": indexed, "same": bool(same), "reads": reads, "experts": len(store.records),
-                  "slot": store.ram.rooms.shape[1], "peak": resident("VmHWM") - before}))
+print(json.dumps({"opened": opened, "indexed": indexed, "same": bool(same), "reads": reads, "experts": store.count,
+                  "slot": store.ram.rooms[0].numel(), "peak": resident("VmHWM") - before}))
 """
 
 
@@ -215,10 +224,10 @@ def test_a_checkpoint_of_a_terabyte_opens_in_bounded_memory_and_gives_one_expert
     done = subprocess.run([sys.executable, "-c", CHILD, str(here), str(here.parent), str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    print(f"{BYTES:,} bytes in {on_disk:,} on the disk: opened in {found['opened']:.1f} s, every expert found after {found['indexed']:.1f} s, {found['peak'] / 1e6:,.0f} MB")
+    print(f"{BYTES:,} bytes in {on_disk:,} on the disk: opened in {found['opened']:.1f} s, the store made after {found['indexed']:.1f} s, {found['peak'] / 1e6:,.0f} MB")
     assert found["same"], "the expert's bytes are not those written"
     assert found["experts"] == 60 * 384 and found["reads"] == 1, f"{found['reads']} reads for an expert whose weights are neighbours"
-    assert 44_040_192 <= found["slot"] <= 44_040_192 + 2 * 4096
+    assert 44_040_192 <= found["slot"] <= 44_040_192 + 3 * 4096
     assert found["peak"] < 1.5e9, f"opening took {found['peak'] / 1e6:,.0f} MB"
 
 

@@ -130,3 +130,12 @@ def test_extreme_temperatures_give_an_id_and_no_crash(temperature):
     logits_W = torch.tensor([-3.0, 4.0, 3.9])
     found = Sampler(temperature, 1.0, seed=0)(logits_W)
     assert found == 1 if temperature < 1 else found in (0, 1, 2)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (3.0, 1.0), (1.0, 0.8)])
+def test_a_mask_leaves_the_others_as_if_the_rest_did_not_exist(monkeypatch, temperature, top_p):
+    logits_W, allowed_W = torch.tensor([5.0, 1.0, 4.0, 2.0, 0.0]), torch.tensor([False, True, False, True, True])
+    found = distribution(monkeypatch, lambda logits_W: Sampler(temperature, top_p)(logits_W, allowed_W), logits_W)
+    expected = plain_distribution([1.0, 2.0, 0.0], temperature, top_p)
+    assert found == pytest.approx([0.0, expected[0], 0.0, expected[1], expected[2]], abs=1e-6)
+    assert Sampler()(logits_W, allowed_W) == 3, "greedy: the best that is allowed"

@@ -23,13 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..ceilings import keep_freed_memory
 from ..config import K2Config, K2Error, YarnScaling
 from . import facts
 from .corpus import held_out_files, read_texts, training_files
 from .curves import draw_experiment
 from .evaluation import bits_per_byte
 from .muonclip import CUBIC
-from .pretraining import Run, Trainer, keep_freed_memory
+from .pretraining import Run, Trainer
 
 SMALL = K2Config(  # K2's mechanisms over bytes: 0.4 million weights, 0.1 million of them active
     vocab_size=256, hidden_size=96, intermediate_size=256, moe_intermediate_size=48, num_hidden_layers=3, first_k_dense_replace=1,

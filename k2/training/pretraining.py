@@ -8,7 +8,6 @@
     T tokens of a window · M of a block · D hidden · W vocabulary · E experts · K chosen experts
 """
 
-import ctypes
 import math
 import os
 import sys
@@ -155,17 +154,6 @@ def next_token_loss(model: K2, windows):
     """Mean cross-entropy in nats of each window's tokens given those before; windows (batch, T + 1) int64."""
     x_TD = model.model(model.checked(windows[:, :-1], NO_CACHE)).flatten(0, -2)
     return HeadLoss.apply(x_TD, model.lm_head.weight, windows[:, 1:].flatten())
-
-
-def keep_freed_memory():
-    """Ask glibc to keep what a step frees for the next one: handing tens of MB back and forth costs a page fault per
-    4 KB, a tenth of a step. Elsewhere nothing happens."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(parameter, value)
 
 
 class Trainer:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..ceilings import keep_freed_memory
 from ..checkpoint import FORMATS, Checkpoint, expected_tensors, filled_model, save
 from ..config import K2Config, K2Error
 from ..model import resident_experts
@@ -25,7 +26,7 @@ from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
 from .corpus import read_texts, token_stream, training_files
 from .curves import Curve, draw_run, read
 from .evaluation import bits_per_byte, held_out_text
-from .pretraining import Run, Trainer, keep_freed_memory, read_state, train
+from .pretraining import Run, Trainer, read_state, train
 
 HELD_OUT_SHARE = 0.05  # of the user's own text, its end, is measured and not trained on
 TEXTS = ("tiktoken.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

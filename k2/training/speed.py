@@ -13,10 +13,11 @@ from statistics import median
 import numpy as np
 import torch
 
-from ..bench import run_child
+from ..beside import run_child
+from ..ceilings import keep_freed_memory, peak_megabytes
 from ..checkpoint import load, save
 from ..config import K2Config
-from .pretraining import Run, Trainer, keep_freed_memory
+from .pretraining import Run, Trainer
 
 STEPS = 6  # measured, after two that warm up
 ROWS, WINDOW = 16, 256
@@ -29,7 +30,7 @@ def compare(mini: Path, rounds: int, rows: int = ROWS, window: int = WINDOW):
         save(load(mini, dtype=torch.float32), directory, format="fp32")
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
-        runs = [{engine: run_child(engine, directory, rows, window) for engine in ENGINES} for _ in range(rounds)]
+        runs = [{engine: run_child(engine, directory, rows, window, "float32") for engine in ENGINES} for _ in range(rounds)]
     print(f"training K2-mini: {rows} windows of {window} tokens a step, float32, {torch.get_num_threads()} threads, median of {rounds} rounds")
     for engine in ENGINES:
         rate, share = (median(run[engine][key] for run in runs) for key in ("rate", "optimizer_share"))
@@ -40,8 +41,6 @@ def compare(mini: Path, rounds: int, rows: int = ROWS, window: int = WINDOW):
 
 def child(engine: str, directory: str, rows: int, window: int) -> dict:
     """One engine's training speed: median seconds of a step, and of the optimizer in it."""
-    from ..bench import peak_megabytes
-
     forward_backward, optimize = ENGINES[engine](directory, rows, window)
     seconds = []
     for _ in range(STEPS + 2):

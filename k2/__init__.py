@@ -5,9 +5,9 @@
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
     quantization, ceilings, checkpoint, offload                                        the weights
     tokenizer, sampling, generation                                                    text in, text out
+    chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     part, inspection, needs, machine, plan, published                                  what a checkpoint holds, and what it takes
     hub, download, layer_check                                                         the real weights: fetched, and checked
-    chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The names below are the public face; everything a user can do wrong raises K2Error.

@@ -74,7 +74,8 @@ def body_parts(message: dict) -> list[str]:
     text = content_text(message.get("content"))
     if message["role"] == "tool":
         return [f"## Return of {message['tool_call_id']}\n{text}"]
-    return [text, *call_parts(message["tool_calls"], is_open(message))] if message.get("tool_calls") else [text]
+    calling = message["role"] == "assistant" and message.get("tool_calls")
+    return [text, *call_parts(message["tool_calls"], is_open(message))] if calling else [text]
 
 
 def thought_parts(message: dict, kept: bool) -> list[str]:
@@ -127,7 +128,7 @@ def render_chat(messages: list[dict], tools: list | None = None, add_generation_
     messages are OpenAI's: role, content, and name, tool_calls, tool_call_id, reasoning_content, or partial on the last.
     style is "instruct", "thinking" or a checkpoint's Template. Raises K2Error for what is no such message.
     """
-    messages, _ = rewrite_ids(checked_messages(messages))
+    messages, tools = checked(messages, tools)
     if isinstance(style, Template):
         return style.render(messages, tools, add_generation_prompt)
     return "".join(chat_parts(messages, tools, add_generation_prompt, checked_style(style)))
@@ -135,7 +136,7 @@ def render_chat(messages: list[dict], tools: list | None = None, add_generation_
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = True, style="instruct") -> list[int]:
     """The prompt's ids; its control tokens are the template's, and no text makes one. Arguments as for `render_chat`."""
-    messages, _ = rewrite_ids(checked_messages(messages))
+    messages, tools = checked(messages, tools)
     if isinstance(style, Template):
         return encode_parts(tokenizer, style.parts(tokenizer, messages, tools, add_generation_prompt))
     return encode_parts(tokenizer, chat_parts(messages, tools, add_generation_prompt, checked_style(style)))
@@ -167,6 +168,13 @@ def checked_style(style: str) -> str:
     if style not in STYLES:
         raise K2Error(f"style: found {style!r}; expected instruct or thinking, or the checkpoint's own k2.chat.Template (K2.5 needs its own).")
     return style
+
+
+def checked(messages, tools) -> tuple[list[dict], list | None]:
+    """The messages under ids of K2's form, and the tools; K2Error for what is neither."""
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise K2Error(f"tools: found {type(tools).__name__}; expected a list of objects, as in OpenAI's requests.")
+    return rewrite_ids(checked_messages(messages))[0], tools
 
 
 def checked_messages(messages) -> list[dict]:

@@ -392,12 +392,21 @@ def resolved_dtypes(config: K2Config, dtype, device: torch.device) -> tuple:
     It depends on model and device kind, never on free memory."""
     if dtype != "auto" or device.type != "cpu":
         return (None, None) if dtype == "auto" else (dtype, dtype)
-    weights = {name: math.prod(s.shape) * (NIBBLES if "packed" in name else 1) for name, s in expected_tensors(config).items()}
-    if sum(weights.values()) * torch.float32.itemsize <= SMALL:
+    routed, rest = weight_counts(config)
+    if (routed + rest) * torch.float32.itemsize <= SMALL:
         return torch.float32, torch.float32
     wide = DTYPE_NAMES[NAME_OF[config.torch_dtype]]
-    rest = sum(count for name, count in weights.items() if ".mlp.experts." not in name) * wide.itemsize
-    return None, wide if config.weight_format == "fp8" and rest <= 4 * SMALL else None
+    return None, wide if config.weight_format == "fp8" and rest * wide.itemsize <= 4 * SMALL else None
+
+
+def weight_counts(config: K2Config) -> tuple[int, int]:
+    """How many numbers the routed experts hold, and how many all else; one layer with experts stands for all of them."""
+    dense, counts = config.first_k_dense_replace, {True: 0, False: 0}
+    short = replace(config, num_hidden_layers=min(dense + 1, config.num_hidden_layers))
+    for name, spec in expected_tensors(short).items():
+        times = config.num_hidden_layers - dense if f"layers.{dense}." in name else 1
+        counts[".mlp.experts." in name] += math.prod(spec.shape) * (NIBBLES if "packed" in name else 1) * times
+    return counts[True], counts[False]
 
 
 def load(directory, device="cpu", dtype="auto", layers: int | None = None) -> K2:

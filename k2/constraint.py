@@ -63,19 +63,14 @@ def trie_levels(tokens: list[bytes]) -> list[tuple]:
 class Grammar:
     """A schema ready to constrain with, and its masks; `start()` begins a document. One serves many documents.
 
-    Without a schema it is JSON Mode: any JSON object. Raises K2Error, naming the place, for what cannot be enforced."""
+    Without a schema it is JSON Mode: any JSON object; with `texts` it is no JSON, but one of these, word for word. Raises
+    K2Error, naming the place, for what cannot be enforced."""
 
-    def __init__(self, vocabulary: Vocabulary, schema=None):
-        self._begin_with(vocabulary, grammar.any_object() if schema is None else grammar.compiled(schema))
-
-    @classmethod
-    def of_texts(cls, vocabulary: Vocabulary, texts: list[str]) -> "Grammar":
-        """One of some texts, word for word, instead of JSON."""
-        made = cls.__new__(cls)
-        made._begin_with(vocabulary, grammar.Literals(tuple(text.encode() for text in texts)))
-        return made
-
-    def _begin_with(self, vocabulary: Vocabulary, node):
+    def __init__(self, vocabulary: Vocabulary, schema=None, texts: list[str] | None = None):
+        if texts:
+            node = grammar.Literals(tuple(text.encode() for text in texts))
+        else:
+            node = grammar.any_object() if schema is None else grammar.compiled(schema)
         self.vocabulary, self.first = vocabulary, ((grammar.Value(node, 0), ()),)
         self.walks = 0  # over the trie so far, for the benchmark
         self._forget()
@@ -256,6 +251,51 @@ class Constraint:
             raise K2Error(f"constraint: id {i} does not continue the document. Choose among those that the mask allows.")
 
 
+class ThoughtFirst:
+    """A document behind a thought: <think>, any text, </think>, or no thought at all. `begun`: the prompt opened it."""
+
+    def __init__(self, constraint: Constraint, begun: bool = False):
+        self.inner, self.vocabulary, self.stop_ids = constraint, constraint.grammar.vocabulary, constraint.stop_ids
+        self._state = "thought" if begun else "start"
+        missing = [marker for marker in (THINK, THINK_END) if marker not in self.vocabulary.special]
+        if missing:
+            raise K2Error(f"constraint: the tokenizer has no {missing[0]}. Use the document's constraint alone.")
+
+    def check(self, count: int, width: int):
+        """As Constraint.check; a thought that is open takes one token to close."""
+        self.inner.check(count - (self._state == "thought"), width)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the document is."""
+        return self.inner.complete
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow."""
+        return self.inner.done
+
+    def mask(self, left: int) -> torch.Tensor:
+        """As Constraint.mask; the thought leaves room for the shortest document."""
+        v, room = self.vocabulary, left - self.inner.shortest
+        if self._state == "thought":
+            end_W = v.only([v.special[THINK_END]])
+            end_W[: len(v.tokens)] = room > 1
+            return end_W
+        mask_W = self.inner.mask(left)
+        return mask_W | v.only([v.special[THINK]]) if self._state == "start" and room > 2 else mask_W
+
+    def accept(self, i: int):
+        """The reply goes on with id i."""
+        if self._state == "start" and i == self.vocabulary.special[THINK]:
+            self._state = "thought"
+        elif self._state == "thought":
+            self._state = "document" if i == self.vocabulary.special[THINK_END] else "thought"
+        else:
+            self._state = "document"
+            self.inner.accept(i)
+
+
 # ---- tool calls ----
 
 
@@ -305,7 +345,7 @@ class CallConstraint:
         if self._state == "text":
             self._state = "section" if i == self.vocabulary.special[CALLS] else "text"
         elif i == self.vocabulary.special[CALL]:
-            self._state, self._inner, self._id = "id", Grammar.of_texts(self.vocabulary, list(self._ids())).start(), b""
+            self._state, self._inner, self._id = "id", Grammar(self.vocabulary, texts=list(self._ids())).start(), b""
         elif i == self.vocabulary.special[ARGUMENTS]:
             name = self._ids().get(self._id.decode(errors="replace"))
             if self._state != "id" or name is None:

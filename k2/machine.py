@@ -104,6 +104,9 @@ class OnPaper(Checkpoint):
 
     finite = tensor
 
+    def let_go(self, name: str):
+        """There is no map whose pages could be given back."""
+
 
 def shape_of_packed(spec) -> list[int]:
     """Rows and columns of a matrix whose packed words have this spec."""

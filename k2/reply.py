@@ -141,7 +141,7 @@ class ReplyStream:
     def _marker(self, marker: str):
         """A marker, in whatever state it comes."""
         if marker in STRAY[self._state]:
-            self.problems.append(f"a stray {marker} was left out")
+            self._tell(f"a stray {marker} was left out")
             return
         if self._state == "ID" and marker == ARGUMENTS:
             self._begin_call("".join(self._id))
@@ -172,7 +172,7 @@ class ReplyStream:
     def _give_out(self, name: str, i: str, arguments: str = ""):
         """A call's first delta."""
         if self.declared is not None and name not in self.declared:
-            self.problems.append(f"call {self.calls}: {name} is not declared in this request")
+            self._tell(f"call {self.calls}: {name} is not declared in this request")
         self._deltas.append({"tool_calls": [{"index": self.calls, "id": i, "type": "function", "function": {"name": name, "arguments": arguments}}]})
         self.calls, self._named = self.calls + 1, True
 
@@ -197,18 +197,22 @@ class ReplyStream:
         if not self._named and not cut:
             name, i = self._name_by_arguments(arguments), self._read_id(text.strip(BLANKS))[1]
             if not name or not i:
-                self.problems.append(f"a call of id {text[:40]!r} was left out: it names no tool")
+                self._tell(f"a call of id {respelled(text[:40])!r} was left out: it names no tool")
                 return
             self._give_out(name, f"functions.{name}:{i.rpartition(':')[2]}", arguments)
         if cut:
-            self.problems.append(f"call {self.calls - self._named}: left unfinished")
+            self._tell(f"call {self.calls - self._named}: left unfinished")
         elif not is_json_object(arguments):
-            self.problems.append(f"call {self.calls - 1}: its arguments are no JSON object")
+            self._tell(f"call {self.calls - 1}: its arguments are no JSON object")
 
     def _name_by_arguments(self, arguments: str) -> str:
         """The one declared tool whose parameters fit, or ""."""
         fitting = [name for name, schema in (self.declared or {}).items() if fits(arguments, schema)]
         return fitting[0] if len(fitting) == 1 else ""
+
+    def _tell(self, problem: str):
+        """Note what was wrong."""
+        self.problems.append(problem.replace(SPELLED, "<"))
 
     def _taken(self) -> list[dict]:
         """The deltas since the last call."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .chat import END, THINK, Template, checked_messages, decode_parts, encode_chat
 from .config import K2Error
-from .constraint import CallConstraint, Grammar, Vocabulary
+from .constraint import CallConstraint, Grammar, ThoughtFirst, Vocabulary
 from .generation import generate
 from .kv_cache import LatentCache
 from .reply import ReplyStream, merged
@@ -147,8 +147,8 @@ class Chat:
         ids, said = encode_chat(self.tokenizer, self.messages, self.tools, style=self.style), []
         if self.messages[-1].get("partial"):
             said = ids[len(encode_chat(self.tokenizer, self.messages[:-1], self.tools, style=self.style)) :]
-        constraint = self.constraint(said)
-        stream = ReplyStream(self.tools, thinking=not said and ids[-1] == self.tokenizer.special.get(THINK), exact=True)
+        begun = not said and ids[-1] == self.tokenizer.special.get(THINK)  # as K2.5's template does
+        constraint, stream = self.constraint(said, begun), ReplyStream(self.tools, thinking=begun, exact=True)
         deltas = [delta for part in decode_parts(self.tokenizer, said) for delta in stream.feed(part)]
         limit = min(self.max_new_tokens, self.model.config.max_position_embeddings - len(ids) + 1)
         new, why = [], ""
@@ -175,13 +175,14 @@ class Chat:
             self.cached.append(i)
             yield i
 
-    def constraint(self, said: list[int]):
+    def constraint(self, said: list[int], begun: bool):
         """What holds this answer in form, with what was said of it already: a document's grammar, or the declared tools."""
         number = sum(len(m.get("tool_calls") or ()) for m in self.messages if not m.get("partial"))
         constraint = self.grammar.start() if self.grammar else CallConstraint(self.tokens(), self.tools, number) if self.tools else None
+        if self.grammar and THINK in self.tokenizer.special:
+            constraint = ThoughtFirst(constraint, begun)
         for i in said if constraint else ():
-            if not self.grammar or i < len(self.tokens().tokens):  # a thought before a document is no part of it
-                constraint.accept(i)
+            constraint.accept(i)
         return constraint
 
     def tell(self, stream: ReplyStream, why: str):

@@ -40,7 +40,9 @@ NOT_YET = frozenset(
         "embedding": "OutputHead.forward",
         "generation": "continuation decode generate prefill",
         "model": "Body.forward K2.checked K2.forward",
-        "quantization": "FP8Linear.forward INT4Linear.forward fp8_dequantize fp8_quantize fp8_values int4_dequantize int4_quantize int4_unpack nibble_shifts",
+        "quantization": """FP8CodesLinear.forward FP8CodesLinear.reading FP8Linear.forward INT4KernelLinear.forward INT4KernelLinear.in_kernel_order
+            INT4Linear.forward fp8_dequantize fp8_finite_values fp8_has_nan fp8_product fp8_quantize fp8_scaled fp8_values int4_dequantize
+            int4_kernel_order int4_quantize int4_unpack kernel_order_is_known nibble_shifts panel_products panels reordered_nibbles""",
         "sampling": "Sampler.__call__",
     }.items()
     for symbol in symbols.split()

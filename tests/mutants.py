@@ -500,7 +500,7 @@ MUTANTS = (
     Mutant(
         "a comma before the closing brace", "grammar.py",
         "if self.first and not self.object.required:", "if not self.object.required:",
-        "tests/test_grammar.py::test_all_short_texts_are_documents_just_when_python_says_so",
+        "tests/test_grammar.py::test_json_mode_is_an_object",
     ),
     Mutant(
         "length counts bytes and not characters", "grammar.py",

@@ -105,6 +105,10 @@ def test_several_calls_share_one_section():
     assert "<|tool_call_end|><|tool_call_begin|>functions.sub:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>" in text
 
 
+def test_only_an_assistant_calls():
+    assert render_chat([{**HI, "tool_calls": [call()]}]) == render_chat([HI]) == render_chat([{**HI, "tool_calls": [call()]}], style=Template(INSTRUCT_JINJA))
+
+
 def test_content_may_be_text_nothing_or_parts():
     assert render_chat([HI, assistant(None, call())]) == render_chat([HI, assistant("", call())])
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": ""}, {"type": "text", "text": "b"}]
@@ -171,9 +175,10 @@ def test_a_checkpoints_jinja_template_gives_the_same_strings_and_ids(style):
         conversation = random_conversation(seed)
         text = render_chat(**conversation, style=style)
         assert render_chat(**conversation, style=template) == text, f"conversation {seed}"
-        ids = encode_chat(tokenizer(), **conversation, style=style)
-        assert encode_chat(tokenizer(), **conversation, style=template) == ids, f"conversation {seed}"
-        assert tokenizer().decode(ids) == text
+        if seed % 3 == 0:  # ids take longer to make
+            ids = encode_chat(tokenizer(), **conversation, style=style)
+            assert encode_chat(tokenizer(), **conversation, style=template) == ids, f"conversation {seed}"
+            assert tokenizer().decode(ids) == text
         with_calls, with_markers = with_calls + ("tool_calls_section" in text), with_markers + ("forged" in text)
     assert with_calls > CONVERSATIONS / 2 and with_markers > CONVERSATIONS / 5
 
@@ -259,7 +264,7 @@ def test_no_text_name_key_or_id_ever_becomes_a_control_token(style):
     harmless, tools = hostile_conversation(rng, lambda: "x")
     expected = controls(encode_chat(tokenizer(), harmless, tools, style=style))
     assert len(expected) > 15
-    for _ in range(300):
+    for _ in range(200):
         messages, tools = hostile_conversation(rng, lambda: "".join(rng.choices(PIECES, k=rng.randrange(4))))
         ids = encode_chat(tokenizer(), messages, tools, style=style)
         assert controls(ids) == expected
@@ -368,6 +373,12 @@ def test_what_is_no_message_is_refused_by_place(messages, words):
     with pytest.raises(K2Error, match=words) as raised:
         render_chat(messages)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("tools", [{"type": "function"}, "add", [print]])
+def test_tools_that_are_no_list_of_objects_are_refused(tools):
+    with pytest.raises(K2Error, match="tools: found .*; expected a list of objects"):
+        render_chat([HI], tools)
 
 
 def test_other_styles_are_refused_by_name():

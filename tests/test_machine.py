@@ -69,8 +69,8 @@ def test_each_kind_is_timed_with_the_module_that_the_loader_makes(format, kind, 
     monkeypatch.setattr(machine, "MOMENT", 1e-9)
     size, seconds = machine.module_seconds(machine.in_format(config(), format), kind, CPU)
     assert seconds > 0 and tensors in made[0][0] and size == sum(t.numel() * t.element_size() for t in made[0][1].state_dict().values())
-    at_rest = {base for base in (FP8Linear, INT4Linear) if any(isinstance(module, base) for module in made[0][1].modules())}
-    assert at_rest == ({FP8Linear} if format == "fp8" and kind not in ("router", "head") else {INT4Linear} if format == "int4" and kind == "expert" else set())
+    fp8, int4 = (any(isinstance(module, linear) for module in made[0][1].modules()) for linear in (FP8Linear, INT4Linear))
+    assert fp8 == (format == "fp8" and kind not in ("router", "head")) and int4 == (format == "int4" and kind == "expert")
 
 
 def test_copies_take_turns_until_a_moment_has_passed(monkeypatch):

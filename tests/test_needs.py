@@ -10,7 +10,7 @@ from small import random_model, small_config
 import k2
 from k2.checkpoint import FORMATS
 from k2.needs import FAMILY, family_config, formats_in_memory, in_format, needs, own_format, stale_buffers
-from k2.offload import weight_bytes
+from k2.offload import SMALL, ExpertStore, weight_bytes
 
 INSTRUCT = needs(family_config("instruct"), "fp8")  # read: the copy of moonshotai's own config.json
 
@@ -83,9 +83,19 @@ def test_what_is_needed_is_what_a_saved_checkpoint_takes(tmp_path, format, chang
     k2.save(model, tmp_path / "c", format=format)
     held = k2.Checkpoint(tmp_path / "c")
     found, (routed, rest) = needs(held.config, format), weight_bytes(held, None)
-    assert found.tensors == len(held.weight_map) and found.memory == routed + rest
-    assert found.disk == routed + rest + found.embedding and found.routed * 5 == found.expert * found.experts * 2
+    small = sum(end - begin for header in held.headers.values() for name, entry in header.items() if ".mlp.experts." in name and name.endswith(SMALL) for begin, end in [entry["data_offsets"]])
+    assert found.tensors == len(held.weight_map)
+    assert (found.expert * found.experts, sum(found.rest.values())) == (routed + small, rest - small), "the store keeps the experts' scales for good, and counts them with the rest"
+    assert found.disk == routed + rest + found.embedding and found.routed * 5 == (routed + small) * 2
     assert found.weights == sum(t.numel() for t in model.state_dict().values())
+
+
+def test_an_expert_takes_a_slot_of_its_weights_and_a_little_more(tmp_path):
+    k2.save(random_model(small_config()), tmp_path / "c", format="fp8")
+    held = k2.Checkpoint(tmp_path / "c")
+    store = ExpertStore(held, 10**6)
+    assert 0 < store.ram.rooms[0].numel() - needs(held.config, "fp8").expert < 3 * 2 * 4096
+    store.shards.close()
 
 
 def test_small_models_are_widened_on_a_cpu_and_large_ones_stay_as_stored():

@@ -17,7 +17,7 @@ from k2 import K2Error, render_chat
 from k2.__main__ import main
 from k2.chat import Marker, Template, encode_parts
 from k2.reply import IN_TEXT
-from k2.terminal import Chat, harmless, read_line, style_of
+from k2.terminal import Chat, harmless, read_line, show, style_of
 
 STOP = Marker("<|im_end|>")
 
@@ -136,6 +136,12 @@ def test_a_thought_goes_to_stderr_and_into_the_dialog(capfd):
     assert chat.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
 
 
+def test_at_a_terminal_a_thought_is_dimmed(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert show([{"reasoning_content": "hm"}, {"content": "Yes."}]) == [{"reasoning_content": "hm"}, {"content": "Yes."}]
+    assert capsys.readouterr() == ("Yes.", "\x1b[2mhm\x1b[0m")
+
+
 # ---- tools ----
 
 TOOLS_FILE = '''def add(a: float, b: float = 0) -> float:
@@ -243,6 +249,23 @@ def test_json_and_tools_together_are_refused(tools_file):
         chat_of(Scripted(), schema=True).offer(tools_file)
     with pytest.raises(K2Error, match="expected one of them"):
         chat_of(Scripted(), schema=True, web_search=True)
+
+
+@pytest.mark.parametrize(("limit", "document"), [(200, {"a": 1}), (6, {})])
+def test_a_thinking_model_may_think_before_its_document_which_the_limit_closes(capfd, limit, document):
+    model, special = Scripted(), tokenizer().special
+    model.script = [special["<think>"], *tokenizer().encode("so it goes"), special["</think>"], *tokenizer().encode('{"a": 1}')]
+    messages = talk(model, "a", style="thinking", schema=True, max_new_tokens=limit)
+    assert json.loads(messages[-1]["content"]) == document and "so it goes".startswith(messages[-1]["reasoning_content"]) and "partial" not in messages[-1]
+
+
+def test_a_thought_that_was_stopped_is_gone_on_with_and_its_document_follows():
+    model, special = Scripted(), tokenizer().special
+    model.script = [*tokenizer().encode(" goes"), special["</think>"], *tokenizer().encode('{"a": 1}')]
+    chat = chat_of(model, style="thinking", schema=True, max_new_tokens=200)
+    chat.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "reasoning_content": "so it", "partial": True}]
+    chat.go_on()
+    assert chat.messages[-1] == {"role": "assistant", "content": '{"a": 1}', "reasoning_content": "so it goes"}
 
 
 # ---- transcripts and commands ----

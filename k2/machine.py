@@ -18,7 +18,7 @@ import torch
 
 from . import ceilings
 from .attention import DirectQueryAttention, MultiHeadLatentAttention
-from .checkpoint import DTYPE_NAMES, NAME_OF, expected_tensors, filled, save
+from .checkpoint import DTYPE_NAMES, NAME_OF, Checkpoint, expected_tensors, filled, save
 from .config import K2Config, K2Error
 from .embedding import OutputHead
 from .expert import Expert
@@ -84,7 +84,7 @@ def measured_disk(folder: Path) -> float:
         scratch.unlink(missing_ok=True)
 
 
-class OnPaper:
+class OnPaper(Checkpoint):
     """A checkpoint of a config that is nowhere: each tensor is made when asked for, of its dtype and shape, full of noise."""
 
     def __init__(self, config: K2Config):
@@ -102,11 +102,7 @@ class OnPaper:
             return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
         return torch.empty(shape, dtype=DTYPE_NAMES[dtypes[0]]).uniform_(-0.01, 0.01)
 
-    finite = scale = tensor
-
-    def holds(self, name: str) -> bool:
-        """True if the config implies a tensor of this name."""
-        return self.config.tensor_prefix + name in self.specs
+    finite = tensor
 
     def let_go(self, name: str):
         """There is no map whose pages could be given back."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPE_BITS, DTYPE_NAMES, FORMATS, NAME_OF, expected_tensors, resolved_dtypes
+from .checkpoint import DTYPE_BITS, DTYPE_NAMES, FORMATS, NAME_OF, SMALL, expected_tensors, resolved_dtypes
 from .config import K2Config, K2Error
 from .part import place_of
 from .quantization import GROUP
@@ -125,7 +125,9 @@ def stale_buffers(config: K2Config) -> tuple[int, int]:
 
 
 def formats_in_memory(config: K2Config) -> tuple[str, str]:
-    """The formats that the program keeps in memory on a CPU, of the routed experts and of the rest: as resolved_dtypes says."""
-    name = {None: own_format(config), torch.float32: "fp32", torch.bfloat16: "bf16"}
-    of_experts, of_the_rest = resolved_dtypes(config, "auto", torch.device("cpu"))
-    return name[of_experts], name[of_the_rest]
+    """The formats that the program keeps in memory on a CPU, of the routed experts and of the rest: see resolved_dtypes."""
+    plain, own = needs(config, "bf16"), own_format(config)
+    if plain.weights * 4 > SMALL and sum(plain.rest.values()) > 4 * SMALL:  # spares K2 the list of all its tensors
+        return own, own
+    names = {None: own, torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: own}
+    return tuple(names[dtype] for dtype in resolved_dtypes(config, "auto", torch.device("cpu")))

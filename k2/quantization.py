@@ -53,24 +53,26 @@ def panels(rows: int, columns: int) -> list[slice]:
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32):
+def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
     """code x the scale of its block, in float32, then rounded once to `dtype`; (O, I). Exact but for that rounding.
 
-    Every |scale| must be below 2^7, or scale x 2^120 overflows float32: the checkpoint refuses others at load.
+    Every |scale| must be below 2^7, or scale x 2^120 overflows float32: the checkpoint refuses others at load. `values`
+    may be fp8_finite_values where no code is NaN.
     """
     O, I = code_OI.shape
     weight_OI = torch.empty(O, I, dtype=dtype, device=code_OI.device)
     scale_BI = (scale_BG * 2.0**120).repeat_interleave(BLOCK, dim=1)[:, :I]
     for rows in panels(O, I):
-        weight_OI[rows] = fp8_scaled(code_OI[rows], scale_BI[rows.start // BLOCK :])
+        weight_OI[rows] = fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])
     return weight_OI
 
 
-def fp8_scaled(code_OI, scale_BI):
-    """The float32 weights of a panel, its blocks' scales given column by column."""
-    value_OI = fp8_values(code_OI)
-    for b, row in enumerate(range(0, len(value_OI), BLOCK)):
-        value_OI[row : row + BLOCK] *= scale_BI[b]
+def fp8_scaled(value_OI, scale_BI):
+    """The float32 weights of a panel, in place, its blocks' scales given column by column."""
+    whole = len(value_OI) // BLOCK
+    value_OI[: whole * BLOCK].unflatten(0, (whole, BLOCK)).mul_(scale_BI[:whole].unsqueeze(1))
+    if whole * BLOCK < len(value_OI):  # a last block of fewer rows
+        value_OI[whole * BLOCK :].mul_(scale_BI[whole])
     return value_OI
 
 
@@ -159,9 +161,9 @@ class FP8CodesLinear(FP8Linear):
         self.values = values  # fp8_values or fp8_finite_values; known once the codes have been looked at
 
     def forward(self, x_MI):
-        if x_MI.shape[:-1].numel() >= FEW:
-            return super().forward(x_MI)
         self.values = self.values or self.reading()
+        if x_MI.shape[:-1].numel() >= FEW:
+            return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype, self.values))
         rows = x_MI.reshape(-1, x_MI.shape[-1])
         return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
 

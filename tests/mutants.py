@@ -284,7 +284,7 @@ MUTANTS = (
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "value_OI[row : row + BLOCK] *= scale_BI[b]", "value_OI[row : row + BLOCK] *= scale_BI[min(b, max(len(value_OI) // BLOCK - 1, 0))]",
+        "value_OI[whole * BLOCK :].mul_(scale_BI[whole])", "value_OI[whole * BLOCK :].mul_(scale_BI[max(whole - 1, 0)])",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(

@@ -216,14 +216,16 @@ def fixed_layer_seconds(narrow: K2Config, format: str, resident: bool, device: t
 
 
 def decode_seconds(directory, ram: int | None, device: torch.device, count: int) -> float:
-    """Seconds a token that a checkpoint really takes, the median of `count`, after as many to warm up. The ids are drawn,
-    since a random model that goes on by itself soon asks for the same experts again."""
+    """Seconds a token that a checkpoint really takes, the median of `count`. The ids are drawn, since a random model that
+    goes on by itself soon asks for the same experts again; the tokens before them touch nearly every expert once, as
+    the first touch of a mapped one reads the disk."""
     model = load(directory, device, ram=ram)
     cache, seconds = LatentCache(model.config), []
-    ids = torch.randint(0, model.config.vocab_size, (2 * count + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    warm_up = count + 4 * model.config.n_routed_experts // model.config.num_experts_per_tok
+    ids = torch.randint(0, model.config.vocab_size, (warm_up + count + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill(model, ids[:1], cache)
     for i in ids[1:]:
         started = time.perf_counter()
         decode(model, i, cache).argmax().item()
         seconds.append(time.perf_counter() - started)
-    return median(seconds[count:])
+    return median(seconds[warm_up:])

@@ -127,6 +127,14 @@ def keep_freed_memory():
         mallopt(parameter, value)
 
 
+def give_back_freed_memory():
+    """Hand what glibc kept so far back to the system: what loading needed for a moment is not what running needs."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def forget_pages(tensor):
     """Let the process give back the whole pages of a tensor that lies in a file's map, and of no other: there a later use
     brings them again, elsewhere their content would be lost. Linux."""

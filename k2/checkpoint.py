@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .ceilings import forget_pages, keep_freed_memory
+from .ceilings import forget_pages, give_back_freed_memory, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
@@ -281,6 +281,11 @@ def identity(path: Path) -> tuple:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """True if no number is NaN or infinite; looked at in pieces, since the answers for a whole head are large themselves."""
+    return all(piece.isfinite().all() for piece in values.flatten().split(2**22))
+
+
 class Checkpoint:
     """An open checkpoint directory. Everything is checked when it is made; `tensor` then gives views into the maps.
 
@@ -375,7 +380,7 @@ class Checkpoint:
     def finite(self, name: str) -> torch.Tensor:
         """The same, after reading it all: raises K2Error if a number in it is NaN or infinite."""
         values = self.tensor(name)
-        if fp8_has_nan(values) if values.dtype == torch.float8_e4m3fn else not values.isfinite().all():
+        if fp8_has_nan(values) if values.dtype == torch.float8_e4m3fn else not all_finite(values):
             raise K2Error(f"{self.where(name)}: expected finite numbers, found NaN or infinity. The shard is damaged: fetch it again.")
         return values
 
@@ -439,6 +444,7 @@ def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device
             setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, of_this, device))
         else:
             fill_tensors(checkpoint, prefix + name, child, of_the_rest, device)
+    give_back_freed_memory()
     return module.eval().requires_grad_(False)
 
 
@@ -506,6 +512,8 @@ def fill_tensors(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, 
         if isinstance(module, Router):  # it computes in float32: widening 384 rows for each token would cost more than the product
             kind = torch.promote_types(kind, torch.float32)
         setattr(module, name, nn.Parameter(values.to(kind).to(home), requires_grad=False))
+        if prefix == "model.embed_tokens":
+            checkpoint.let_go(full)  # its rows are read when they are asked for
 
 
 FORMATS = {"bf16": ("bfloat16", None), "fp32": ("float32", None), "fp8": ("bfloat16", FP8_CONFIG), "int4": ("bfloat16", INT4_CONFIG)}

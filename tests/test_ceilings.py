@@ -55,3 +55,23 @@ def test_a_file_system_without_direct_reads_is_read_plainly(tmp_path, monkeypatc
     descriptor = ceilings.open_direct(Path(tmp_path / "file"))
     assert os.read(descriptor, 3) == b"abc"
     os.close(descriptor)
+
+
+def test_pages_that_are_forgotten_come_back_with_their_content(tmp_path):
+    path = tmp_path / "map"
+    path.write_bytes(bytes(range(256)) * 64)
+    mapped = torch.from_file(str(path), shared=False, size=2**14, dtype=torch.uint8)
+    before = mapped.clone()
+    ceilings.forget_pages(mapped[100:])
+    ceilings.forget_pages(mapped[:0])
+    ceilings.forget_pages(torch.zeros(1, dtype=torch.uint8).expand(2**14))  # no memory of its own: nothing may happen
+    assert torch.equal(mapped, before)
+
+
+def test_settings_of_the_allocator_are_wishes(monkeypatch):
+    def missing(name):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(ceilings.ctypes, "CDLL", missing)
+    ceilings.keep_freed_memory()
+    ceilings.give_back_freed_memory()

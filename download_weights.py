@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k2.__main__ import Parser, printable
 from k2.config import K2Error
-from k2.download import Download, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
+from k2.download import Download, check_index, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
 from k2.hub import Hub
 from k2.needs import FAMILY
 from k2.part import KINDS, parse_part
@@ -69,6 +69,7 @@ def download(options) -> int:
         return 0
     with locked(folder):
         record = open_record(plan, folder)
+        check_index(plan, record)
         jobs = missing_jobs(plan, record)
         describe(plan, folder, jobs)
         check_room(jobs, folder)

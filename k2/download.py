@@ -315,6 +315,20 @@ def open_record(download: Download, folder: Path) -> Record:
     return Record(folder, download.repository.name, download.repository.commit, download.part, old.files if old else {})
 
 
+def check_index(download: Download, record: Record):
+    """Raise K2Error if writing a part's index would take the place of one that is not ours: it makes another checkpoint whole."""
+    path = record.folder / INDEX
+    if download.index is None or INDEX in record.files or not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != index_bytes(download.index):
+        raise K2Error(f"{path}: expected no index, or this part's own, found another checkpoint's. Choose another --local-dir.")
+
+
+def index_bytes(index: dict) -> bytes:
+    """An index as it is written."""
+    return (json.dumps(index, indent=1) + "\n").encode()
+
+
 def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, workers: int, moved: Callable[[int], None]):
     """Fetch the files, so many at once; the first that fails ends the others, which keep what they have."""
 
@@ -336,7 +350,7 @@ def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, 
     if download.index is not None:
         path = record.folder / INDEX
         with writing(path):
-            write_through(record.folder / f"{INDEX}.part", (json.dumps(download.index, indent=1) + "\n").encode())
+            write_through(record.folder / f"{INDEX}.part", index_bytes(download.index))
             os.replace(record.folder / f"{INDEX}.part", path)
         record.add(INDEX, digest_of(path, None), "")
 

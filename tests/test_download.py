@@ -247,6 +247,19 @@ def test_the_token_is_not_sent_to_another_host(source, hub, tmp_path):
         other.close()
 
 
+def test_a_list_of_files_that_goes_on_at_another_host_is_refused_and_that_host_sees_no_token(source, hub):
+    other = LocalHub(source)
+    try:
+        hub.token = "hf_secret"
+        link = {"Link": f'<{other.endpoint}/api/models/{REPO}/tree/{COMMIT}>; rel="next"'}
+        hub.faults[f"/api/models/{REPO}/tree/{COMMIT}"] = [lambda answer, *rest: answer.plain(200, b"[]", link)]
+        with pytest.raises(k2.K2Error, match="the list of files goes on at .*; expected a page of"):
+            Hub(hub.endpoint, "hf_secret", QUICK).repository(REPO)
+        assert other.requests == []
+    finally:
+        other.close()
+
+
 def test_a_repository_that_is_not_there_and_a_name_that_is_none(fetch, hub, monkeypatch, capfd, tmp_path):
     for name, words in (("made/other", "404"), ("a b/c", "expected the name of a repository"), ("", "expected a repository")):
         assert download_weights.main([name, "--local-dir", str(tmp_path / "x")]) == 2
@@ -549,6 +562,22 @@ def test_a_flipped_byte_of_a_part_is_found_by_its_own_hash(fetch, hub, source, t
     bodies = [path for method, path, *_ in hub.requests[before:] if path.startswith("/cdn/") and method == "GET"]
     assert bodies.count(f"/cdn/{LAST}") == 2, "of the other shard only the header, by two ranges"
     same_tensors(stored(tmp_path / "w"), {name: t for name, t in stored(source).items() if k2_part(["--layers", "1-2"]).takes(name)})
+
+
+def test_a_part_does_not_take_the_place_of_a_whole_checkpoints_index(fetch, hub, source, tmp_path):
+    shutil.copytree(source, tmp_path / "w")
+    status, err = fetch("--layers", "1")
+    assert status == 2 and f"{INDEX}: expected no index, or this part's own" in err and "Choose another --local-dir" in err
+    same_folders(tmp_path / "w", source)
+    assert not (tmp_path / "w" / RECORD).exists()
+
+
+def test_a_part_whose_index_is_there_without_a_record_is_taken(fetch, hub, tmp_path):
+    assert fetch("--layers", "1")[0] == 0
+    record = json.loads((tmp_path / "w" / RECORD).read_text())
+    del record["files"][INDEX]
+    (tmp_path / "w" / RECORD).write_text(json.dumps(record))
+    assert fetch("--layers", "1")[0] == 0
 
 
 def test_a_folder_holds_one_part_or_one_repository(fetch, tmp_path):

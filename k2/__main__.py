@@ -286,18 +286,21 @@ def run_plan(options):
         raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
     config = family_config(options.model) if options.model else None
     given = {name: parse_size(getattr(options, name)) for name in MACHINE}
+    for name, value in given.items():
+        if name.endswith("bandwidth") and value is not None and value < 1:
+            raise K2Error(f"--{name.replace('_', '-')}: found {value}; expected bytes a second, such as 7GB.")
     machine = this_machine(Path(options.path), given)
-    plans = [plan.plan(options.model, config, machine, options.context, options.hits)] if config else plan.whole_family(machine, options.context, options.hits)
+    fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
+    plans = [plan.plan(options.model, config, machine, options.context, options.hits, given=fast)] if config else plan.whole_family(machine, options.context, options.hits, fast)
     if options.json:
         print(plan.as_json(plans, machine))
     elif config:
-        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine)]))
+        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine, options.context)]))
         if options.decode:
             print(plan.measured_line(plans[0], decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)))
+        print(f"next:\n    {plan.next_command(plans[0])}")
     else:
-        chosen = plan.best(plans)
-        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
-        print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
+        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans), *plan.advice(plans)]))
 
 
 def add_check_layer(commands):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k2.__main__ import Parser, printable
 from k2.config import K2Error
-from k2.download import Download, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
+from k2.download import Download, check_index, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
 from k2.hub import Hub
 from k2.needs import FAMILY
 from k2.part import KINDS, parse_part
@@ -59,18 +59,19 @@ def download(options) -> int:
     part, repo = parse_part(options.layers, options.experts, options.part), (FAMILY.get(options.repo) or (None, options.repo))[1]
     if repo is None:
         raise K2Error(f"{options.repo}: expected a repository; K2-mini is shipped in k2/mini. Write: python -m k2 generate \"def \"")
-    folder, hub = Path(options.local_dir or f"weights/{repo.rpartition('/')[2]}"), Hub()
+    folder, hub = folder_of(options), Hub()
     plan = plan_download(hub, hub.repository(repo, options.revision), part, options.max_workers)
     overhead = hub.received
     if options.dry_run:
-        describe(plan, folder, plan.jobs)
+        describe(plan, folder, plan.jobs, overhead)
         for job in plan.jobs:
             print(f"{job.size:>16,}  {job.name}")
         return 0
     with locked(folder):
         record = open_record(plan, folder)
+        check_index(plan, record)
         jobs = missing_jobs(plan, record)
-        describe(plan, folder, jobs)
+        describe(plan, folder, jobs, overhead)
         check_room(jobs, folder)
         progress = Progress(missing_bytes(jobs, folder))
         try:
@@ -81,26 +82,35 @@ def download(options) -> int:
     return 0
 
 
-def describe(plan: Download, folder: Path, jobs):
+def folder_of(options) -> Path:
+    """Where the files are: --local-dir, or else weights/NAME."""
+    repo = (FAMILY.get(options.repo) or (None, options.repo))[1] or ""
+    given = options.local_dir or (f"weights/{repo.rpartition('/')[2]}" if repo else ".")
+    if "\0" in given:
+        raise K2Error("--local-dir: found a zero byte in it; expected a folder's name.")
+    return Path(given)
+
+
+def describe(plan: Download, folder: Path, jobs, overhead: int):
     """What will happen, before it does."""
     repository, size = plan.repository, sum(job.remote for job in plan.jobs)
     print(f"{repository.name} at {repository.commit} {plan.part.flags()}".rstrip(), file=sys.stderr)
-    print(f"{len(plan.jobs)} files, {size:,} bytes, into {folder}; {len(jobs)} files, {missing_bytes(jobs, folder):,} bytes are missing", file=sys.stderr)
+    print(f"{len(plan.jobs)} files, {size:,} bytes, into {folder}; {len(jobs)} files, {missing_bytes(jobs, folder):,} bytes are missing{f'; {overhead:,} bytes were read to find them' if overhead else ''}", file=sys.stderr)
     if repository.left_out:
-        print(f"left out: {', '.join(sorted(repository.left_out)[:8])}{', ...' if len(repository.left_out) > 8 else ''}; nothing here runs code from a repository", file=sys.stderr)
+        print(f"left out: {printable(', '.join(sorted(repository.left_out)[:8]))}{', ...' if len(repository.left_out) > 8 else ''}; nothing here runs code from a repository", file=sys.stderr)
 
 
 def check(options) -> int:
     """Hash the files that are there; the ones that are wrong, and what repairs them."""
-    folder = Path(options.local_dir or options.repo or ".")
+    folder = folder_of(options)
     if not folder.is_dir():
         raise K2Error(f"{folder}: expected a folder to verify, found none. Name it with --local-dir.")
     with locked(folder):
-        problems = verify(folder, lambda name: print(f"hashing {name}", file=sys.stderr) if sys.stderr.isatty() else None)
+        problems, command = verify(folder, lambda name: print(f"hashing {name}", file=sys.stderr) if sys.stderr.isatty() else None)
     for line in problems:
         print(printable(line))
     if problems:
-        raise K2Error(f"{folder}: {len(problems)} files are not as they were fetched. Run the download again with the same flags: it fetches only these.")
+        raise K2Error(f"{folder}: {len(problems)} files are missing or not as they were fetched. Run this, it fetches only these: {command}")
     print(f"{folder}: every file is as it was fetched", file=sys.stderr)
     return 0
 

@@ -24,7 +24,7 @@ def main(arguments=None) -> int:
     for standard in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
         standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
     try:
-        options = build_parser().parse_args(arguments)
+        options = parsed(arguments)
         options.run(options)
     except K2Error as error:
         print(f"error: {printable(error)}", file=sys.stderr)
@@ -74,6 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_check_layer(commands)
     return parser
+
+
+def parsed(arguments):
+    """The options. argparse takes inspect's patterns only beside the model; those behind a flag come back as unknown."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.run is run_inspect and not any(word.startswith("-") for word in rest):
+        options.patterns += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def add_generate(commands):
@@ -220,8 +231,11 @@ def run_inspect(options):
     """The table on stdout; what is not as the config implies ends it with status 2."""
     from . import inspection
     from .checkpoint import Checkpoint
+    from .needs import FAMILY
     from .part import check_layout
 
+    if options.model in FAMILY and FAMILY[options.model][1] is None and not os.path.exists(options.model):
+        options.model = MINI
     if options.statistics and not os.path.isdir(options.model):
         raise K2Error(f"{options.model}: --statistics reads the tensors; expected a checkpoint directory. Fetch it or a part of it with download_weights.py.")
     layout, part = open_layout(options.model, options.revision)
@@ -286,23 +300,27 @@ def run_plan(options):
         raise K2Error(f"--context, --hits: found {options.context}, {options.hits}; expected tokens from 0 and a share from 0 to 1.")
     config = family_config(options.model) if options.model else None
     given = {name: parse_size(getattr(options, name)) for name in MACHINE}
+    for name, value in given.items():
+        if name.endswith("bandwidth") and value is not None and value < 1:
+            raise K2Error(f"--{name.replace('_', '-')}: found {value}; expected bytes a second, such as 7GB.")
     machine = this_machine(Path(options.path), given)
-    plans = [plan.plan(options.model, config, machine, options.context, options.hits)] if config else plan.whole_family(machine, options.context, options.hits)
+    fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
+    plans = [plan.plan(options.model, config, machine, options.context, options.hits, given=fast)] if config else plan.whole_family(machine, options.context, options.hits, fast)
     if options.json:
         print(plan.as_json(plans, machine))
     elif config:
-        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine)]))
+        print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine, options.context)]))
         if options.decode:
             print(plan.measured_line(plans[0], decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)))
+        print(f"next:\n    {plan.next_command(plans[0])}")
     else:
-        chosen = plan.best(plans)
-        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans)]))
-        print(f"this machine runs {chosen.name} well, at {chosen.rate:.3g} tokens/s. Next:\n    {plan.next_command(chosen)}")
+        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans), *plan.advice(plans)]))
 
 
 def add_check_layer(commands):
     """python -m k2 check-layer"""
-    sub = commands.add_parser("check-layer", help="one layer of a checkpoint against the numpy reference", description="Run one layer's tensors, or those that are there, in torch and in numpy on seeded tokens.")
+    sub = commands.add_parser("check-layer", help="one layer of a checkpoint against the numpy reference", description="Run one layer's tensors, or those that are there, in torch and in numpy on seeded tokens. It checks this code and the "
+                              "formats, not the download: both sides read the same bytes, so that wrong but finite ones pass. For those there is download_weights.py --verify, by the hub's hashes.")  # fmt: skip
     sub.add_argument("model", metavar="DIR", help="a checkpoint, or a part of one")
     sub.add_argument("layer", type=int, metavar="LAYER")
     sub.add_argument("--experts", metavar="17,203", help="these routed experts (default: the first two that are there)")
@@ -317,13 +335,14 @@ def run_check_layer(options):
     from .checkpoint import Checkpoint
     from .part import parse_numbers
 
-    if options.tokens < 1 or options.seed < 0:
-        raise K2Error(f"--tokens, --seed: found {options.tokens}, {options.seed}; expected at least 1 and 0.")
+    if not 1 <= options.tokens <= layer_check.MOST_TOKENS or options.seed < 0:
+        raise K2Error(f"--tokens, --seed: found {options.tokens}, {options.seed}; expected 1 to {layer_check.MOST_TOKENS}, and at least 0.")
     experts = parse_numbers(options.experts, "--experts") if options.experts is not None else None
     found = []
-    for result in layer_check.results(Checkpoint(options.model, partial=True), options.layer, experts, options.tokens, options.seed):
-        print(layer_check.line(result), flush=True)
-        found.append(result)
+    with layer_check.quiet():
+        for result in layer_check.results(Checkpoint(options.model, partial=True), options.layer, experts, options.tokens, options.seed):
+            print(layer_check.line(result), flush=True)
+            found.append(result)
     layer_check.verdict(options.model, options.layer, found)
 
 

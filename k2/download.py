@@ -1,9 +1,10 @@
 """A folder that fills with a repository's files, or with a part of its checkpoint, and in which nothing wrong ever stands.
 
     NAME.part         what has arrived so far of a file, in order
-    NAME.part.json    what it is a part of: ETag, size, ranges; if one of these is another now, it starts again
+    NAME.part.json    what it is a part of: ETag, size, ranges; if one of these is another now, it starts again. Of a part
+                      of a checkpoint also the hash of what has arrived, since the hub has none that would tell later
     NAME              put there by rename, after its hash was found to be the hub's
-    k2-download.json  repository, commit, part, and every finished file's hash
+    k2-download.json  repository, commit, part, the names of all files to come, and every finished file's hash
 
 Of a part of a checkpoint only the ranges of its tensors cross the network. They are written behind a smaller header, and
 the hash of that file is recorded, since the hub has none of a range. huggingface_hub's own download is not used for the
@@ -13,20 +14,25 @@ bytes: it compares sizes and not hashes, and starts a file of 17 GB anew when th
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import INDEX, write_through
+from .checkpoint import INDEX
 from .config import K2Error, read_json_object
-from .hub import BLOCK, Changed, Hashes, Hub, HubFile, Repository, Stopped, is_kept, layout_of
+from .hub import BLOCK, REPOSITORY, Changed, Hashes, Hub, HubFile, Repository, Stopped, is_kept, layout_of
 from .part import RECORD, Part, check_layout
 
 SPARE = 2**26  # bytes of disk to leave free
+NOTED = 1.0  # seconds after which the hash of what has arrived of a part is noted again: so much is lost by a kill
+DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 
 # ---- what to fetch ----
@@ -123,7 +129,7 @@ def locked(folder: Path):
     """The folder is this program's alone while the context lasts; the system lets go even if the program is killed."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".k2-download.lock", "a+")
+        lock = os.fdopen(opened(folder / ".k2-download.lock", os.O_RDWR | os.O_CREAT), "r+")
     with lock:
         try:
             lock_file(lock)
@@ -153,15 +159,41 @@ def writing(path: Path):
         raise K2Error(f"{path}: could not be written: {error.strerror}. What has arrived is kept: make room or mend it, and run the same command again.") from None
 
 
+def opened(path: Path, flags: int) -> int:
+    """A file opened for this program's own use; a symlink in its place is refused, or its target would be written."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)  # Windows lacks the first, and needs the second
+
+
+def put(path: Path, content: bytes):
+    """Write a file in one step, through a new one beside it: whatever stood there, a symlink too, is replaced and not followed."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(opened(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def known_file(raw: dict) -> dict:
+    """A finished file of a record, its types looked at. Raises ValueError, KeyError or TypeError."""
+    found = {key: raw[key] for key in ("size", "digest", "mtime_ns", "source")}
+    if type(found["size"]) is not int or type(found["mtime_ns"]) is not int or not isinstance(found["source"], str) or not DIGEST.fullmatch(found["digest"]):
+        raise ValueError("a file of other types")
+    return found
+
+
 @dataclass
 class Record:
-    """What is known of a folder's finished files: {name: size, digest, time of writing, digest of the source}."""
+    """What is known of a folder's finished files: {name: size, digest, time of writing, digest of the source}; and which
+    files there are to be, {name: digest of the source}."""
 
     folder: Path
     repository: str
     commit: str
     part: Part
     files: dict[str, dict] = field(default_factory=dict)
+    planned: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -172,20 +204,22 @@ class Record:
         raw = read_json_object(folder / RECORD)
         try:
             part = Part() if raw["part"] is None else Part.from_dict(raw["part"])
-            files = {name: {key: raw["files"][name][key] for key in ("size", "digest", "mtime_ns", "source")} for name in raw["files"]}
-            record = cls(folder, str(raw["repository"]), str(raw["commit"]), part, files)
+            files = {name: known_file(known) for name, known in raw["files"].items()}
+            planned = dict(raw.get("planned", {}).items())
+            if not REPOSITORY.fullmatch(raw["repository"]) or not re.fullmatch("[0-9a-f]{40}", raw["commit"]) or not all(isinstance(source, str) for source in planned.values()):
+                raise ValueError("other types")
+            record = cls(folder, raw["repository"], raw["commit"], part, files, planned)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise K2Error(f"{folder / RECORD}: expected the record of a download, found something else. Remove it and run the download again: what is right stays.") from None
-        if not all(is_kept(name) for name in files):
+        if not all(is_kept(name) for name in [*files, *planned]):
             raise K2Error(f"{folder / RECORD}: expected names of files in this folder, found others. Remove it and run the download again.")
         return record
 
     def write(self):
         """Put the record beside the files, in one step."""
-        raw = {"repository": self.repository, "commit": self.commit, "part": None if self.part.whole() else self.part.to_dict(), "files": dict(sorted(self.files.items()))}
+        raw = {"repository": self.repository, "commit": self.commit, "part": None if self.part.whole() else self.part.to_dict(), "planned": self.planned, "files": dict(sorted(self.files.items()))}
         with writing(self.folder / RECORD):
-            write_through(self.folder / f".{RECORD}.new", (json.dumps(raw, indent=1) + "\n").encode())
-            os.replace(self.folder / f".{RECORD}.new", self.folder / RECORD)
+            put(self.folder / RECORD, (json.dumps(raw, indent=1) + "\n").encode())
 
     def add(self, name: str, digest: str, source: str):
         """A file is finished."""
@@ -194,6 +228,10 @@ class Record:
             self.files[name] = {"size": status.st_size, "digest": digest, "mtime_ns": status.st_mtime_ns, "source": source}
             self.write()
 
+    def command(self) -> str:
+        """What to type to finish or to mend the folder."""
+        return shlex.join(["python", "download_weights.py", self.repository, "--local-dir", str(self.folder), "--revision", self.commit, *self.part.flags().split()])
+
     def distrust(self, name: str):
         """A file is not what it was: it is ours to replace, and is not taken for whole before it was hashed again."""
         with self.lock:
@@ -201,20 +239,20 @@ class Record:
             self.write()
 
 
-def digest_of(path: Path, like: HubFile | None, stop: threading.Event | None = None) -> str:
-    """The hash of a file on the disk, of the hub's kind for that file."""
-    hashes = Hashes(like)
+def digest_of(path: Path, like: HubFile | None, size: int | None = None) -> str:
+    """The hash of a file on the disk, or of its first bytes, of the hub's kind for that file."""
+    hashes, left = Hashes(like), path.stat().st_size if size is None else size
     with open(path, "rb") as file:
-        while chunk := file.read(BLOCK):
+        while left and (chunk := file.read(min(left, BLOCK))):
             hashes.update(chunk)
-            if stop is not None and stop.is_set():
-                raise Stopped
+            left -= len(chunk)
     return hashes.digest()
 
 
 def is_done(job: Job, record: Record) -> bool:
-    """Whether the job's file is there and right. One of ours that is wrong is taken away at once, so that nothing loads it;
-    a stranger's is left alone, and refused."""
+    """Whether the job's file is there and right. One of ours that is damaged is taken away at once, so that nothing loads
+    it; one that is whole and of another commit stays until the new one takes its place; a stranger's is left alone, and
+    refused."""
     path, known = record.folder / job.name, record.files.get(job.name)
     if not path.exists():
         return False
@@ -228,17 +266,26 @@ def is_done(job: Job, record: Record) -> bool:
         return True
     if not known:
         raise K2Error(f"{path}: expected no file of this name, or the hub's own, found another. Move it away, or choose another --local-dir.")
+    if not ours and path.is_file() and (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+        return False
     record.distrust(job.name)
     path.unlink()
     return False
 
 
-def resumable(part: Path, note: Path, identity: dict, size: int) -> bool:
-    """Whether what has arrived of a file is a part of the file that is wanted now."""
+def arrived(part: Path, note: Path, identity: dict, job: Job) -> int:
+    """How many bytes of a half-done file are a part of the file that is wanted now. A whole file is hashed in the end by
+    the hub's value; of a part of a checkpoint only what still has its noted hash is taken."""
     try:
-        return part.is_file() and part.stat().st_size <= size and read_json_object(note) == identity
+        noted = read_json_object(note)
     except K2Error:  # the note is missing, or half a note
-        return False
+        return 0
+    if part.is_symlink() or not part.is_file() or part.stat().st_size > job.size or {key: noted.get(key) for key in identity} != identity:
+        return 0
+    size = part.stat().st_size if job.whole else noted.get("arrived")
+    if type(size) is not int or not 0 <= size <= part.stat().st_size:
+        return 0
+    return size if job.whole or digest_of(part, None, size=size) == noted.get("digest") else 0
 
 
 def fetch(hub: Hub, repository: Repository, job: Job, folder: Path, moved: Callable[[int], None]) -> str:
@@ -248,11 +295,13 @@ def fetch(hub: Hub, repository: Repository, job: Job, folder: Path, moved: Calla
     for _ in range(3):
         identity = job.identity(hub.etag(repository, job.source))
         with writing(part):
-            if not resumable(part, note, identity, job.size):
+            if size := arrived(part, note, identity, job):
+                os.truncate(part, size)
+            else:
                 part.unlink(missing_ok=True)
-                write_through(note, json.dumps(identity).encode())
+                put(note, json.dumps(identity).encode())
         try:
-            found = filled_part(hub, what, hub.url(repository, job.source.name), job, part, identity["etag"], moved)
+            found = filled_part(hub, what, hub.url(repository, job.source.name), job, part, identity, moved)
         except Changed as error:
             problem = str(error)
         else:
@@ -266,23 +315,37 @@ def fetch(hub: Hub, repository: Repository, job: Job, folder: Path, moved: Calla
     raise K2Error(f"{what}: expected {job.source.digest}, and three times over {problem}. Check the network, or use another HF_ENDPOINT; nothing of it was kept.")
 
 
-def filled_part(hub: Hub, what: str, url: str, job: Job, path: Path, etag: str, moved: Callable[[int], None]) -> str:
+def filled_part(hub: Hub, what: str, url: str, job: Job, path: Path, identity: dict, moved: Callable[[int], None]) -> str:
     """Append to a .part what is missing, from the network; the digest of the whole, what was there already included."""
     hashes = Hashes(job.source if job.whole else None)
-    with writing(path), open(path, "ab+") as file:
+
+    def write_note():
+        if not job.whole:
+            file.flush()
+            put(path.with_name(f"{path.name}.json"), json.dumps({**identity, "arrived": file.tell(), "digest": hashes.digest()}).encode())
+
+    with writing(path), os.fdopen(opened(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
         done = file.seek(0, os.SEEK_END)
         if done < len(job.head):
             file.truncate(0)
+            file.seek(0)
             file.write(job.head)
             done = len(job.head)
         file.seek(0)
         while chunk := file.read(BLOCK):
             hashes.update(chunk)
-        for begin, end in job.remaining(done - len(job.head)):
-            for chunk in hub.stream(what, url, begin, end, job.source, etag):
-                file.write(chunk)
-                hashes.update(chunk)
-                moved(len(chunk))
+        noted = time.monotonic()
+        try:
+            for begin, end in job.remaining(done - len(job.head)):
+                for chunk in hub.stream(what, url, begin, end, job.source, identity["etag"]):
+                    file.write(chunk)
+                    hashes.update(chunk)
+                    moved(len(chunk))
+                    if time.monotonic() - noted >= NOTED:
+                        write_note()
+                        noted = time.monotonic()
+        finally:
+            write_note()
         file.flush()
         os.fsync(file.fileno())
     return hashes.digest()
@@ -312,7 +375,26 @@ def open_record(download: Download, folder: Path) -> Record:
     if old and (old.repository, old.part) != (download.repository.name, download.part):
         held = " ".join(filter(None, [old.repository, old.part.flags()]))
         raise K2Error(f"{folder}: holds {held}; expected a folder for {' '.join(filter(None, [download.repository.name, download.part.flags()]))}. Choose another --local-dir.")
-    return Record(folder, download.repository.name, download.repository.commit, download.part, old.files if old else {})
+    return Record(folder, download.repository.name, download.repository.commit, download.part, old.files if old else {}, planned_names(download))
+
+
+def planned_names(download: Download) -> dict[str, str]:
+    """The files that a finished download has, and the digests of what they are made from."""
+    return {**{job.name: job.source.digest for job in download.jobs}, **({INDEX: ""} if download.index is not None else {})}
+
+
+def check_index(download: Download, record: Record):
+    """Raise K2Error if writing a part's index would take the place of one that is not ours: it makes another checkpoint whole."""
+    path = record.folder / INDEX
+    if download.index is None or INDEX in record.files or not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != index_bytes(download.index):
+        raise K2Error(f"{path}: expected no index, or this part's own, found another checkpoint's. Choose another --local-dir.")
+
+
+def index_bytes(index: dict) -> bytes:
+    """An index as it is written."""
+    return (json.dumps(index, indent=1) + "\n").encode()
 
 
 def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, workers: int, moved: Callable[[int], None]):
@@ -336,26 +418,40 @@ def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, 
     if download.index is not None:
         path = record.folder / INDEX
         with writing(path):
-            write_through(record.folder / f"{INDEX}.part", (json.dumps(download.index, indent=1) + "\n").encode())
-            os.replace(record.folder / f"{INDEX}.part", path)
+            put(path, index_bytes(download.index))
         record.add(INDEX, digest_of(path, None), "")
 
 
-def verify(folder: Path, seen: Callable[[str], None]) -> list[str]:
-    """Hash every file of a folder against its record; what is wrong, one line each. Those are fetched by the next download."""
+def verify(folder: Path, seen: Callable[[str], None]) -> tuple[list[str], str]:
+    """Hash every file of a folder against its record; what is wrong or has not arrived, one line each, and the command
+    that mends it: it fetches only those."""
     record = Record.read(folder)
     if record is None:
         raise K2Error(f"{folder / RECORD}: expected the record that a download leaves, found none. Run the download: it keeps what is right.")
-    problems = []
-    for name, known in sorted(record.files.items()):
+    problems, damaged = [], []
+    for name in sorted({*record.files, *record.planned}):
         seen(name)
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != known["size"]:
-            problems.append(f"{name}: expected {known['size']} bytes, found {path.stat().st_size}")
-        elif digest_of(path, HubFile(name, known["size"], known["digest"])) != known["digest"]:
-            problems.append(f"{name}: expected {known['digest']}, found other bytes")
-    for line in problems:
-        record.distrust(line.partition(":")[0])
-    return problems
+        known = record.files.get(name)
+        if line := problem_of(folder / name, known, record.planned.get(name)):
+            problems.append(f"{name}: {line}")
+            damaged += [name] if known and line != OTHER_COMMIT else []
+    for name in damaged:
+        record.distrust(name)
+    return problems, record.command()
+
+
+OTHER_COMMIT = "of another commit than the one begun last"
+
+
+def problem_of(path: Path, known: dict | None, source: str | None) -> str:
+    """What is wrong with a file that is recorded as finished, as planned, or both; nothing if it is as it was fetched."""
+    part = path.with_name(f"{path.name}.part")
+    if not path.is_file():
+        return f"missing; {part.stat().st_size:,} bytes of it are in {part.name}" if part.is_file() else "missing"
+    if known is None:
+        return "expected a recorded hash, found none"
+    if path.stat().st_size != known["size"]:
+        return f"expected {known['size']} bytes, found {path.stat().st_size}"
+    if digest_of(path, HubFile(path.name, known["size"], known["digest"])) != known["digest"]:
+        return f"expected {known['digest']}, found other bytes"
+    return OTHER_COMMIT if source is not None and source != known["source"] else ""

@@ -147,16 +147,49 @@ class Hub:
     def repository(self, name: str, revision: str = "main") -> Repository:
         """The files of a repository at a revision, pinned to its commit. Raises K2Error."""
         info = self.asked(name, revision, lambda: self.api.model_info(name, revision=revision, timeout=self.patience.timeout))
-        tree = self.asked(name, revision, lambda: list(self.api.list_repo_tree(name, revision=info.sha)))
+        if not (isinstance(info.id, str) and REPOSITORY.fullmatch(info.id) and isinstance(info.sha, str) and re.fullmatch("[0-9a-f]{40}", info.sha)):
+            raise K2Error(f"{name}: expected a repository's name and a commit of 40 digits, found {str(info.id)[:80]!r} and {str(info.sha)[:80]!r}. Check HF_ENDPOINT.")
         files, left_out = {}, []
-        for entry in tree:
-            if isinstance(entry, huggingface_hub.RepoFile) and is_kept(entry.path):
-                files[entry.path] = HubFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-sha1:{entry.blob_id}")
+        for entry in self.tree(info.id, info.sha):
+            path = entry.get("path") if isinstance(entry, dict) else None
+            if not isinstance(path, str):
+                raise K2Error(f"{name}: expected a list of files with their paths, found {str(entry)[:80]!r} in it. Check HF_ENDPOINT.")
+            if entry.get("type") == "file" and is_kept(path):
+                files[path] = hub_file(name, entry)
             else:
-                left_out.append(entry.path)
+                left_out.append(path)
         if "config.json" not in files:
             raise K2Error(f"{name}: expected a model with config.json, found {', '.join(sorted(files)[:5]) or 'no file'}. Check the name of the repository.")
-        return Repository(info.id or name, info.sha, files, left_out)
+        return Repository(info.id, info.sha, files, left_out)
+
+    def tree(self, name: str, commit: str) -> list:
+        """The entries of a repository's top folder, page by page. A page may name the next one, and only here: the token
+        goes along, which huggingface_hub's own paging would carry to any host that the page names."""
+        url, entries = f"{self.endpoint}/api/models/{name}/tree/{commit}", []
+        for _ in range(100):
+            answer = self.asked(name, commit, lambda url=url: self.page(url))
+            value = answer.json()
+            if not isinstance(value, list):
+                raise K2Error(f"{name}: expected a list of its files, found {type(value).__name__}. Check HF_ENDPOINT.")
+            entries += value
+            following = answer.links.get("next", {}).get("url")
+            if not following:
+                return entries
+            url = urllib.parse.urljoin(url, following)
+            if not self.at_home(url):
+                raise K2Error(f"{name}: the list of files goes on at {url[:200]!r}; expected a page of {self.endpoint}, as the token goes along. Check HF_ENDPOINT.")
+        raise K2Error(f"{name}: expected a list of files that ends, found 100 pages. Check the repository.")
+
+    def page(self, url: str):
+        """One page of a list, its JSON looked at, or one of huggingface_hub's errors."""
+        answer = utils.get_session().get(url, headers=self.headers, timeout=self.patience.timeout)
+        utils.hf_raise_for_status(answer)
+        answer.json()
+        return answer
+
+    def at_home(self, url: str) -> bool:
+        """Whether an address is of the endpoint's own origin, the only one that may see the token."""
+        return urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(self.endpoint)[:2]
 
     def asked(self, name: str, revision: str, call):
         """The answer of one of huggingface_hub's calls, its errors told in this project's lines, passing ones waited out."""
@@ -172,9 +205,11 @@ class Hub:
                 status = getattr(response, "status_code", None)
                 if status is not None and status not in BUSY:
                     raise self.refusal(name, status) from None
-                reason, after = str(error).splitlines()[0] or type(error).__name__, retry_after(response.headers) if status else None
+                reason, after = next(iter(str(error).splitlines()), type(error).__name__), retry_after(response.headers) if status else None
             except (OSError, ValueError) as error:
-                reason, after = str(error).splitlines()[0], None
+                reason, after = next(iter(str(error).splitlines()), type(error).__name__), None
+            except (KeyError, TypeError, AttributeError):  # how huggingface_hub says that JSON is not of the kind it knows
+                raise K2Error(f"{self.endpoint}: expected the hub's answer about {name}, found JSON of another kind. Check HF_ENDPOINT.") from None
             if failures < self.patience.tries:
                 self.rest(failures, after)
         raise K2Error(f"{self.endpoint}: expected an answer about {name}, found {self.patience.tries} times: {reason}. Check the network and HF_ENDPOINT, then run the same command again.")
@@ -205,7 +240,7 @@ class Hub:
         """The answer to one request for a range, and the hub's ETag of the file if it said one."""
         etag, headers, redirected = None, {**self.headers, "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}, False
         for _ in range(6):
-            at_home = urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(self.endpoint)[:2]
+            at_home = self.at_home(url)
             request = urllib.request.Request(url, headers={name: text for name, text in headers.items() if at_home or name != "authorization"})
             try:
                 answer = self.opener.open(request, timeout=self.patience.timeout)
@@ -316,6 +351,16 @@ class Hub:
             return parse_header(b"".join(self.stream(what, url, 8, 8 + length, file)), file.size, what), 8 + length
         except Changed as error:
             raise K2Error(f"{what}: {error}. Run the same command again later.") from None
+
+
+def hub_file(where: str, entry: dict) -> HubFile:
+    """A file of the hub's list, its types looked at. Raises K2Error."""
+    size, lfs, oid = entry.get("size"), entry.get("lfs"), entry.get("oid")
+    large = lfs is not None
+    oid = lfs.get("oid") if isinstance(lfs, dict) else None if large else oid
+    if type(size) is not int or size < 0 or not isinstance(oid, str) or not re.fullmatch("[0-9a-f]{64}" if large else "[0-9a-f]{40}", oid):
+        raise K2Error(f"{where}: {entry['path']}: expected a size and a hash, found {str(size)[:40]!r} and {str(oid)[:80]!r}. Check HF_ENDPOINT.")
+    return HubFile(entry["path"], size, f"sha256:{oid}" if large else f"git-sha1:{oid}")
 
 
 def is_kept(name: str) -> bool:

@@ -7,7 +7,8 @@
 
 Each is run in torch as `k2.load` would make it and in numpy on weights that are dequantised here once more, from the
 bytes and from the formats' definitions. In float64 the two must agree to rounding, in float32 nearly so; at rest, where
-products are in the checkpoint's own dtype, to the precision of that dtype. Only one expert is in memory at a time: a
+products are in the checkpoint's own dtype, to the precision of that dtype. What it cannot see is a wrong byte that is still
+a number: both sides read it. For that there are the hub's hashes (download_weights.py --verify). Only one expert is in memory at a time: a
 whole layer of K2 in float64 would be 136 GB.
 """
 
@@ -32,6 +33,8 @@ from .router import Router
 # Relative L2 of the worst row against float64, for one layer: what rounding explains, and no mistake that we know of.
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "stored": 4e-2}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "stored": None}
+
+MOST_TOKENS = 4096  # scores are tokens x tokens x heads in float64, twice
 
 
 class Result(NamedTuple):
@@ -116,6 +119,11 @@ def made(checkpoint: Checkpoint, prefix: str, dtype, make) -> nn.Module:
 def expert_of(checkpoint: Checkpoint, prefix: str, dtype, width: int) -> Expert:
     """One expert, shared or routed."""
     return made(checkpoint, prefix, dtype, lambda: Expert(checkpoint.config.hidden_size, width))
+
+
+def quiet():
+    """A context without numpy's warnings: what is no number gets its line here."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def relative_error(found, expected) -> float:
@@ -236,6 +244,8 @@ def results(checkpoint: Checkpoint, layer: int, experts: tuple[int, ...] | None,
         raise K2Error(f"check-layer: found layer {layer}; expected 0 to {config.num_hidden_layers - 1}.")
     check = LayerCheck(checkpoint, layer, tokens, seed)
     dense, present = config.is_dense(layer), check.present_experts()
+    if dense and experts:
+        raise K2Error(f"--experts: layer {layer} is dense and has no routed experts; expected a layer from {config.first_k_dense_replace} on. Leave --experts away.")
     for e in experts or ():
         if e not in present:
             raise K2Error(f"{checkpoint.directory}: expert {e} of layer {layer} is not here. Fetch it: download_weights.py ... --experts {layer}:{e}")

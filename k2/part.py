@@ -108,6 +108,9 @@ class Part:
     def from_dict(cls, raw: dict) -> "Part":
         """And back."""
         layers, experts, kinds = (raw[key] for key in ("layers", "experts", "kinds"))
+        numbers = [*(layers or ()), *(e for ids in (experts or {}).values() for e in ids)]
+        if not all(type(number) is int and number >= 0 for number in numbers) or not set(kinds or ()) <= {*KINDS, "tokenizer"} or isinstance(kinds, str):
+            raise ValueError("a part of other types")
         return cls(None if layers is None else tuple(layers), None if experts is None else {int(layer): tuple(ids) for layer, ids in experts.items()},
                    None if kinds is None else tuple(kinds))  # fmt: skip
 
@@ -129,7 +132,7 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
     for piece in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", piece)
         if not found or int(found[2] or found[1]) < int(found[1]):
-            raise K2Error(f"{flag} {text}: expected numbers and ranges such as 0-3,7, found {piece!r}.")
+            raise K2Error(f"{flag} {text[:100]}: expected numbers and ranges such as 0-3,7, found {piece[:100]!r}.")
         numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return tuple(sorted(numbers))
 
@@ -139,8 +142,8 @@ def parse_experts(texts: list[str]) -> dict[int, tuple[int, ...]]:
     found = {}
     for text in (piece for given in texts for piece in given.split(";")):
         layer, colon, experts = text.partition(":")
-        if not colon or not layer.strip().isascii() or not layer.strip().isdigit() or int(layer) in found:
-            raise K2Error(f"--experts {text}: expected a layer, a colon and its experts, such as 1:17,203, each layer once.")
+        if not colon or not re.fullmatch(r"\s*[0-9]{1,4}\s*", layer) or int(layer) in found:
+            raise K2Error(f"--experts {text[:100]}: expected a layer, a colon and its experts, such as 1:17,203, each layer once.")
         found[int(layer)] = parse_numbers(experts, f"--experts {layer}:")
     return found
 

@@ -7,11 +7,14 @@
         disk     those in no memory come from the disk                           missing share x bytes / disk bandwidth
         fixed    Python, the router and small operations, however wide the model is: measured on a narrow one
 
-The limit is what no program on this machine can beat: the slowest of the tiers, all at their full bandwidth at once.
-The rates are measured (k2/machine.py), or given by flags to plan for a machine that one does not have.
+The limit is what no program with this share of experts in memory can beat: the slowest of the tiers, all at their full
+bandwidth at once. Experts in RAM may cross the bus or be computed by the CPU there, whichever is faster. Bandwidths are
+measured (k2/machine.py), or given by flags to plan for a machine that one does not have; what the products take a second
+is always measured on this machine's processor, unless the bandwidth they read at is given: then it is that bandwidth.
 """
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 
 import torch
@@ -67,8 +70,11 @@ def seconds_per_token(found: Needs, machine: Machine, speeds: Speeds | None, con
     missing = 1 - (on_gpu + in_ram if hits is None else hits)
     bus = (1 - on_gpu if hits is None else 1 - min(on_gpu, hits)) * found.routed / machine.bus_bandwidth if machine.gpu_memory else 0.0
     disk = missing * found.routed / machine.disk_bandwidth if missing > 0 else 0.0
-    whole = (sum(found.rest.values()) + found.routed) / bandwidth + cache
-    return Seconds(on_gpu, in_ram, rest + cache, routed, bus, disk, found.layers * speeds.layer if speeds else 0.0, max(whole, bus, disk))
+    # Without a GPU all is read from RAM. With one the experts outside it go through RAM once: over the bus, or to the CPU.
+    away = bus * machine.bus_bandwidth
+    first = (sum(found.rest.values()) + found.routed - away) / bandwidth + cache
+    beside = away / max(machine.bus_bandwidth, machine.ram_bandwidth) if away else 0.0
+    return Seconds(on_gpu, in_ram, rest + cache, routed, bus, disk, found.layers * speeds.layer if speeds else 0.0, max(first, beside, disk))
 
 
 # ---- in words ----
@@ -84,6 +90,7 @@ class Plan:
     seconds: Seconds | None
     obstacle: str
     speeds: Speeds | None
+    given: bool = False  # the products read at a bandwidth given by a flag, and not at what was measured here
 
     @property
     def rate(self) -> float:
@@ -91,18 +98,26 @@ class Plan:
         return 1 / self.seconds.planned if self.seconds else 0.0
 
 
-def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True) -> Plan:
+def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True, given: bool = False) -> Plan:
     """Plan a model in the format that the program would keep it in. What needs more disk than is free does not fit."""
     found, stored = needs(config, *formats_in_memory(config)), needs(config, own_format(config))
     try:
         resident = sum(shares(found, machine, context)) >= 1
         device = torch.device("cuda" if machine.gpu_memory and torch.cuda.is_available() else "cpu")
         speeds = measured_speeds(config, *formats_in_memory(config), resident, device) if measure else None
+        if speeds and given:  # another machine's products are not measured here: taken to be as fast as its memory
+            speeds = Speeds(dict.fromkeys(speeds.rates, float("inf")), speeds.layer)
         seconds = seconds_per_token(found, machine, speeds, context, hits)
     except K2Error as error:
         return Plan(name, config, found, None, str(error), None)
     obstacle = f"disk: {machine.disk:,} bytes are free; expected {stored.disk:,}" if stored.disk > machine.disk else ""
-    return Plan(name, config, found, seconds, obstacle, speeds)
+    return Plan(name, config, found, seconds, obstacle, speeds, given)
+
+
+def amount(size: float) -> str:
+    """Bytes as GB, or MB or KB where GB would show few digits or none."""
+    unit, name = (1e9, "GB") if size >= 1e9 or not size else (1e6, "MB") if size >= 1e6 else (1e3, "KB")
+    return f"{size / unit:,.2f} {name}"
 
 
 def machine_lines(machine: Machine) -> list[str]:
@@ -116,7 +131,7 @@ def needs_lines(config: K2Config, context: int) -> list[str]:
     own = own_format(config)
     found = needs(config, own)
     lines = [f"weights: {found.weights / 1e9:,.3f} billion in all, which disk and memory must hold; {found.active / 1e9:,.3f} billion active, which one token meets",
-             f"cache: {found.cache_per_token:,} bytes a token of context, {found.cache_per_token * context / 1e9:,.2f} GB for {context:,} tokens",
+             f"cache: {found.cache_per_token:,} bytes a token of context, {amount(found.cache_per_token * context)} for {context:,} tokens",
              f"{'format':16}{'on disk GB':>12}{'resident GB':>13}{'at least GB':>13}{'an expert MB':>14}{'experts a token GB':>20}"]  # fmt: skip
     for format in dict.fromkeys([own, "bf16", "fp8", "int4"]):
         try:
@@ -130,23 +145,26 @@ def needs_lines(config: K2Config, context: int) -> list[str]:
                     [f"on disk: {found.tensors:,} tensors, {found.disk:,} bytes"])  # fmt: skip
 
 
-def seconds_lines(p: Plan, machine: Machine) -> list[str]:
+def seconds_lines(p: Plan, machine: Machine, context: int = 0) -> list[str]:
     """The formula with its numbers."""
     if not p.seconds:
         return [f"does not fit: {p.obstacle}"]
     s, x, fixed = p.seconds, p.found, p.speeds.layer if p.speeds else 0.0
-    rate = f"{sum(x.rest.values()) / 1e9:,.2f} GB at {sum(x.rest.values()) / s.rest / 1e9:,.2f} GB/s"
+    cache = x.cache_per_token * context
+    read = sum(x.rest.values()) + cache
+    rate = f"{amount(read)} at {read / s.rest / 1e9:,.2f} GB/s"
     missing = max(0.0, 1 - s.gpu_share - s.ram_share)
     lines = [f"experts: {x.experts:,} of {x.expert / 1e6:,.2f} MB; {s.gpu_share:.1%} fit into the GPU, {s.ram_share:.1%} into RAM, {missing:.1%} stay on disk",
              "seconds a token = rest + max(routed, bus, disk) + layers x fixed",
-             f"  rest    {rate:40} = {s.rest:9.4f}",
-             f"  routed  {f'{x.routed / 1e9:,.2f} GB at {x.routed / s.routed / 1e9:,.2f} GB/s':40} = {s.routed:9.4f}"]  # fmt: skip
+             f"  rest    {rate:40} = {s.rest:9.4f}{f'  of it cache {amount(cache)}' if cache else ''}",
+             f"  routed  {f'{amount(x.routed)} at {x.routed / s.routed / 1e9:,.2f} GB/s':40} = {s.routed:9.4f}"]  # fmt: skip
     if s.bus:
-        lines.append(f"  bus     {f'{s.bus * machine.bus_bandwidth / 1e9:,.2f} GB at {machine.bus_bandwidth / 1e9:,.2f} GB/s':40} = {s.bus:9.4f}")
+        lines.append(f"  bus     {f'{amount(s.bus * machine.bus_bandwidth)} at {machine.bus_bandwidth / 1e9:,.2f} GB/s':40} = {s.bus:9.4f}")
     if s.disk:
-        lines.append(f"  disk    {f'{s.disk * machine.disk_bandwidth / 1e9:,.2f} GB at {machine.disk_bandwidth / 1e9:,.2f} GB/s':40} = {s.disk:9.4f}")
-    lines.append(f"  fixed   {f'{x.layers} layers x {fixed * 1e3:,.2f} ms':40} = {s.fixed:9.4f}")
-    lines.append(f"planned: {s.planned:.4g} s a token, {1 / s.planned:.4g} tokens/s; the hardware's limit, all tiers at once and at full rate: {s.limit:.4g} s, {1 / s.limit:.4g} tokens/s")
+        lines.append(f"  disk    {f'{amount(s.disk * machine.disk_bandwidth)} at {machine.disk_bandwidth / 1e9:,.2f} GB/s':40} = {s.disk:9.4f}")
+    lines.append(f"  fixed   {f'{x.layers} layers x {fixed * 1e3:,.2f} ms':40} = {s.fixed:9.4f}  measured on this machine")
+    lines.append(f"  rest and routed at {'the bandwidth given by a flag' if p.given else 'what the products take a second, measured on this machine'}")
+    lines.append(f"planned: {s.planned:.4g} s a token, {1 / s.planned:.4g} tokens/s; the limit of its bandwidths, all tiers at once and at full rate: {s.limit:.4g} s, {1 / s.limit:.4g} tokens/s")
     return lines + ([f"but: {p.obstacle}"] if p.obstacle else [])
 
 
@@ -169,13 +187,25 @@ def family_lines(plans: list[Plan]) -> list[str]:
 
 
 def best(plans: list[Plan]) -> Plan:
-    """The largest member that fits and runs well; of equals the first. K2-mini always does."""
+    """The largest member that fits and runs well; of equals the first. Where none does, the smallest."""
     well = [p for p in plans if not p.obstacle and p.rate >= WELL] or [min(plans, key=lambda p: p.found.weights)]
     return max(well, key=lambda p: p.found.weights)
 
 
+def advice(plans: list[Plan]) -> list[str]:
+    """Which member this machine runs well, if any, and what to type next."""
+    chosen = best(plans)
+    if chosen.obstacle or not chosen.seconds:
+        block = next((p for p in plans if FAMILY[p.name][1]), chosen)
+        return ["no model of the family fits this machine. One attention block does. Next:", f"    {next_command(block)}"]
+    well = f"runs {chosen.name} well" if chosen.rate >= WELL else f"runs none well; best {chosen.name}"
+    return [f"this machine {well}, at {chosen.rate:.3g} tokens/s. Next:", f"    {next_command(chosen)}"]
+
+
 def next_command(p: Plan) -> str:
     """What to type now to run this member, or one real attention block of a member that does not fit."""
+    if p.name not in FAMILY:  # a path: there is nothing to fetch
+        return f"python -m k2 inspect {shlex.quote(p.name)}" if p.obstacle or not p.seconds else f'python -m k2 generate "def " --model {shlex.quote(p.name)}'
     repository = FAMILY[p.name][1]
     if repository is None:
         return 'python -m k2 generate "def "'
@@ -183,13 +213,13 @@ def next_command(p: Plan) -> str:
     return f"python download_weights.py {repository} --local-dir weights/{p.name}{part}"
 
 
-def whole_family(machine: Machine, context: int = 0, hits: float | None = None) -> list[Plan]:
+def whole_family(machine: Machine, context: int = 0, hits: float | None = None, given: bool = False) -> list[Plan]:
     """Every member planned. Members of one size and format share their measured speeds."""
     plans: list[Plan] = []
     for name in FAMILY:
         config = family_config(name)
         twin = next((p for p in plans if p.found == needs(config, *formats_in_memory(config))), None)
-        plans.append(Plan(name, config, twin.found, twin.seconds, twin.obstacle, twin.speeds) if twin else plan(name, config, machine, context, hits))
+        plans.append(Plan(name, config, twin.found, twin.seconds, twin.obstacle, twin.speeds, given) if twin else plan(name, config, machine, context, hits, given=given))
     return plans
 
 

@@ -247,6 +247,19 @@ def test_the_token_is_not_sent_to_another_host(source, hub, tmp_path):
         other.close()
 
 
+def test_a_list_of_files_that_goes_on_at_another_host_is_refused_and_that_host_sees_no_token(source, hub):
+    other = LocalHub(source)
+    try:
+        hub.token = "hf_secret"
+        link = {"Link": f'<{other.endpoint}/api/models/{REPO}/tree/{COMMIT}>; rel="next"'}
+        hub.faults[f"/api/models/{REPO}/tree/{COMMIT}"] = [lambda answer, *rest: answer.plain(200, b"[]", link)]
+        with pytest.raises(k2.K2Error, match="the list of files goes on at .*; expected a page of"):
+            Hub(hub.endpoint, "hf_secret", QUICK).repository(REPO)
+        assert other.requests == []
+    finally:
+        other.close()
+
+
 def test_a_repository_that_is_not_there_and_a_name_that_is_none(fetch, hub, monkeypatch, capfd, tmp_path):
     for name, words in (("made/other", "404"), ("a b/c", "expected the name of a repository"), ("", "expected a repository")):
         assert download_weights.main([name, "--local-dir", str(tmp_path / "x")]) == 2
@@ -310,7 +323,7 @@ def test_verify_finds_a_flipped_byte_and_the_next_run_fetches_only_that_shard(fe
     verify = ["--verify", "--local-dir", str(tmp_path / "w")]
     assert download_weights.main(verify) == 2
     out, err = capfd.readouterr()
-    assert out.startswith(f"{SECOND}: expected sha256:") and "1 files are not as they were fetched" in err
+    assert out.startswith(f"{SECOND}: expected sha256:") and "1 files are missing or not as they were fetched" in err
     before = hub.sent
     assert fetch()[0] == 0 and hub.sent - before == len(raw)
     same_folders(tmp_path / "w", source)
@@ -363,6 +376,107 @@ def test_a_half_done_file_without_a_right_note_starts_again(fetch, hub, source, 
         (tmp_path / "w" / f"{LAST}.part.json").write_text(note)
     assert fetch()[0] == 0
     same_folders(tmp_path / "w", source)
+
+
+def test_verify_names_what_never_arrived_and_its_command_finishes(fetch, hub, source, tmp_path, capfd):
+    hub.faults[LAST] = [local_hub.short(0.5), local_hub.status(403)]
+    assert fetch("--max-workers", "1")[0] == 2
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path / "w")]) == 2
+    out, err = capfd.readouterr()
+    assert f"{LAST}: missing; " in out and f"are in {LAST}.part" in out
+    line = err.strip().rsplit(": python download_weights.py ", 1)[1].split()
+    assert line == [REPO, "--local-dir", str(tmp_path / "w"), "--revision", COMMIT]
+    assert download_weights.main(line) == 0 and download_weights.main(["--verify", *line[1:3]]) == 0
+    same_folders(tmp_path / "w", source)
+
+
+def test_verify_without_a_single_shard_is_not_whole(fetch, hub, tmp_path, capfd):
+    hub.faults = {name: [local_hub.ranged, local_hub.ranged, local_hub.status(404)] for name in (FIRST, SECOND, LAST)}
+    assert fetch("--layers", "1-2")[0] == 2
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path / "w")]) == 2
+    out, err = capfd.readouterr()
+    assert f"part-{LAST}: missing" in out and f"{INDEX}: missing" in out and "--layers 1-2" in err
+
+
+def test_verify_looks_where_the_download_put_it(fetch, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert download_weights.main([REPO, "--part", "tokenizer"]) == 0 and download_weights.main([REPO, "--verify"]) == 0
+    assert "weights/k2: every file is as it was fetched" in capfd.readouterr().err
+
+
+def test_an_intact_file_of_another_commit_stays_until_the_new_one_is_whole(fetch, hub, source, tmp_path, capfd):
+    assert fetch()[0] == 0
+    hub.folder = tmp_path / "new"
+    shutil.copytree(source, hub.folder)
+    raw = bytearray((source / LAST).read_bytes())
+    raw[-1] ^= 1
+    (hub.folder / LAST).write_bytes(raw)
+    hub.digests.clear()
+    hub.faults[LAST] = [local_hub.status(404)]
+    assert download_weights.main([REPO, "--local-dir", str(tmp_path / "w")]) == 2
+    assert (tmp_path / "w" / LAST).read_bytes() == (source / LAST).read_bytes()
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path / "w")]) == 2 and f"{LAST}: of another commit" in capfd.readouterr().out
+    assert fetch()[0] == 0 and (tmp_path / "w" / LAST).read_bytes() == raw
+
+
+def test_our_own_names_that_are_symlinks_are_not_followed(fetch, hub, source, tmp_path):
+    folder, precious = tmp_path / "w", tmp_path / "precious"
+    folder.mkdir()
+    precious.write_text("{}")
+    for name in (f".{RECORD}.new", f"{LAST}.part", f"{LAST}.part.json", f".{LAST}.part.json.new", f"{FIRST}.part.json", f"{INDEX}.part"):
+        (folder / name).symlink_to(precious)
+    assert fetch()[0] == 0 and precious.read_text() == "{}"
+    assert (folder / LAST).read_bytes() == (source / LAST).read_bytes() and not (folder / LAST).is_symlink()
+    (folder / ".k2-download.lock").unlink()
+    (folder / ".k2-download.lock").symlink_to(tmp_path / "made")
+    assert fetch()[0] == 2 and not (tmp_path / "made").exists()
+
+
+def test_a_bit_that_flips_in_half_a_part_is_found_when_it_goes_on(fetch, hub, source, tmp_path):
+    hub.faults[LAST] = [local_hub.ranged, local_hub.ranged, local_hub.short(0.9), local_hub.status(403)]
+    assert fetch("--layers", "2", "--max-workers", "1")[0] == 2
+    half = tmp_path / "w" / f"part-{LAST}.part"
+    raw = bytearray(half.read_bytes())
+    assert len(raw) > 10_000
+    raw[-100] ^= 1
+    half.write_bytes(raw)
+    assert fetch("--layers", "2")[0] == 0
+    same_tensors(stored(tmp_path / "w"), {name: t for name, t in stored(source).items() if k2_part(["--layers", "2"]).takes(name)})
+
+
+GOOD = {"size": 1, "digest": "sha256:" + "a" * 64, "mtime_ns": 1, "source": ""}
+
+
+@pytest.mark.parametrize("change", [{"files": []}, {"files": {"a.json": GOOD | {"digest": 5}}}, {"files": {"a.json": GOOD | {"digest": None}}}, {"files": {"a.json": GOOD | {"size": "9"}}}, {"planned": []},
+                                    {"planned": {"a.json": 5}}, {"planned": {"../a.json": ""}}, {"repository": 5}, {"part": {"layers": ["a", "b"], "experts": None, "kinds": None}},
+                                    {"part": {"layers": None, "experts": {"1": ["x"]}, "kinds": None}}, {"part": {"layers": None, "experts": None, "kinds": [5]}}])  # fmt: skip
+def test_a_damaged_record_is_one_line(tmp_path, capfd, change):
+    raw = {"repository": REPO, "commit": COMMIT, "part": None, "planned": {}, "files": {}}
+    (tmp_path / RECORD).write_text(json.dumps(raw))
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path)]) == 0
+    (tmp_path / RECORD).write_text(json.dumps(raw | change))
+    capfd.readouterr()
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path)]) == 2
+    err = capfd.readouterr().err
+    assert RECORD in err and len(err.splitlines()) == 1
+
+
+def test_flags_that_cannot_be_are_one_line(fetch, capfd):
+    for flags, words in ((["--experts", "9" * 5000 + ":1"], "expected a layer, a colon"), (["--local-dir", "a\0b"], "found a zero byte")):
+        assert download_weights.main([REPO, *flags]) == 2
+        err = capfd.readouterr().err
+        assert words in err and len(err.splitlines()) == 1 and len(err) < 400
+
+
+def test_names_that_steer_a_terminal_are_printed_escaped(fetch, hub):
+    hub.extra.append({"type": "file", "path": "\x1b[2Ja\n.json", "size": 5, "oid": "e" * 40})
+    status, err = fetch("--part", "tokenizer")
+    assert status == 0 and "\x1b" not in err and "\\x1b[2Ja\\n.json" in err
+
+
+def test_a_plan_counts_what_was_read_to_make_it(fetch, hub):
+    _, err = fetch("--layers", "1", "--dry-run")
+    assert f"{hub.sent:,} bytes were read to find them" in err
 
 
 # ---- room, and company ----
@@ -549,6 +663,22 @@ def test_a_flipped_byte_of_a_part_is_found_by_its_own_hash(fetch, hub, source, t
     bodies = [path for method, path, *_ in hub.requests[before:] if path.startswith("/cdn/") and method == "GET"]
     assert bodies.count(f"/cdn/{LAST}") == 2, "of the other shard only the header, by two ranges"
     same_tensors(stored(tmp_path / "w"), {name: t for name, t in stored(source).items() if k2_part(["--layers", "1-2"]).takes(name)})
+
+
+def test_a_part_does_not_take_the_place_of_a_whole_checkpoints_index(fetch, hub, source, tmp_path):
+    shutil.copytree(source, tmp_path / "w")
+    status, err = fetch("--layers", "1")
+    assert status == 2 and f"{INDEX}: expected no index, or this part's own" in err and "Choose another --local-dir" in err
+    same_folders(tmp_path / "w", source)
+    assert not (tmp_path / "w" / RECORD).exists()
+
+
+def test_a_part_whose_index_is_there_without_a_record_is_taken(fetch, hub, tmp_path):
+    assert fetch("--layers", "1")[0] == 0
+    record = json.loads((tmp_path / "w" / RECORD).read_text())
+    del record["files"][INDEX]
+    (tmp_path / "w" / RECORD).write_text(json.dumps(record))
+    assert fetch("--layers", "1")[0] == 0
 
 
 def test_a_folder_holds_one_part_or_one_repository(fetch, tmp_path):

@@ -65,6 +65,30 @@ def test_a_repository_without_a_config_is_no_model(client, server, tmp_path):
         client.repository(REPO)
 
 
+REVISION, TREE = f"/api/models/{REPO}/revision/main", f"/api/models/{REPO}/tree/{COMMIT}"
+FILE = {"type": "file", "path": "config.json", "size": 9, "oid": "a" * 40}
+
+
+@pytest.mark.parametrize("path", [REVISION, TREE])
+@pytest.mark.parametrize("answer", [{}, [], None, 5, "x", [None], [{}], [{"path": 5}], {"id": 5, "sha": 6}, {"id": REPO, "sha": None}, {"id": "../x", "sha": COMMIT},
+                                    *[[FILE | {"size": size}] for size in (None, -1, "9", True, 1.5)], [{**FILE, "oid": None}], [FILE | {"lfs": "x"}], [FILE | {"lfs": {"oid": 5}}], [FILE | {"path": []}]])  # fmt: skip
+def test_an_answer_of_another_kind_is_one_line(client, server, path, answer):
+    server.faults[path] = [lambda to, *rest: to.json(answer)] * 4
+    with pytest.raises(k2.K2Error, match="expected") as raised:
+        client.repository(REPO)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_list_of_files_goes_on_at_the_next_page(client, server, source):
+    entries = server.tree()
+
+    def first(to, *rest):
+        to.plain(200, json.dumps(entries[:3]).encode(), {"Link": f'<{TREE}?cursor=3>; rel="next"'})
+
+    server.faults[TREE] = [first, lambda to, *rest: to.json(entries[3:])]
+    assert set(client.repository(REPO).files) == {path.name for path in source.iterdir()}
+
+
 @pytest.mark.parametrize("begin, end", [(0, 1), (0, 8), (5, 2000), (0, 60_000), (59_990, 60_000)])
 def test_a_range_is_those_bytes_and_no_other_crosses_the_network(client, source, server, begin, end):
     assert bytes_of(client, begin, end) == (source / SHARD).read_bytes()[begin:end]

@@ -67,6 +67,24 @@ def test_statistics_are_those_of_the_stored_numbers(saved, capfd):
     assert status == 0 and out.splitlines()[1].strip() == expected
 
 
+@pytest.mark.parametrize("flag", ["--statistics", "--json"])
+def test_a_flag_may_stand_before_the_patterns_or_behind(saved, capfd, flag):
+    behind = inspect(capfd, saved("fp8"), "lm_head.*", "*.gate.weight", flag)
+    assert behind[0] == 0
+    assert behind == inspect(capfd, saved("fp8"), flag, "lm_head.*", "*.gate.weight") == inspect(capfd, flag, saved("fp8"), "lm_head.*", "*.gate.weight") == inspect(capfd, saved("fp8"), "lm_head.*", flag, "*.gate.weight")
+
+
+def test_a_flag_that_is_none_is_refused_still(saved, capfd):
+    for arguments in ((saved("fp8"), "--statistic-s", "lm_head.*"), (saved("fp8"), "--json", "--nothing")):
+        status, out, err = inspect(capfd, *arguments)
+        assert status == 2 and "unrecognized arguments: --" in err
+
+
+def test_the_shipped_member_of_the_family_is_inspected_by_its_name(capfd):
+    assert inspect(capfd, "mini") == inspect(capfd, MINI)
+    assert inspect(capfd, "mini", "--statistics", "lm_head.*")[0] == 0
+
+
 def test_statistics_of_packed_words_are_of_their_integers(saved):
     checkpoint = k2.Checkpoint(saved("int4"))
     row = next(row for row in inspection.rows(checkpoint, ["*.experts.0.up_proj.weight_packed"]))

@@ -168,7 +168,7 @@ def test_named_experts_are_checked_and_others_not(saved):
     assert {result.what for result in check(saved("fp8"), experts=(5,))} == {"attention", "router", "shared expert", "expert 5", "whole layer"}
 
 
-@pytest.mark.parametrize("layer, experts, words", [(3, None, "found layer 3; expected 0 to 2"), (-1, None, "found layer -1"), (1, (11,), "expert 11 of layer 1 is not here. Fetch it"), (0, (1,), "expert 1 of layer 0 is not here")])
+@pytest.mark.parametrize("layer, experts, words", [(3, None, "found layer 3; expected 0 to 2"), (-1, None, "found layer -1"), (1, (11,), "expert 11 of layer 1 is not here. Fetch it"), (0, (1,), "layer 0 is dense and has no routed experts; expected a layer from 1 on")])
 def test_what_is_not_there_is_refused(saved, layer, experts, words):
     with pytest.raises(k2.K2Error, match=words):
         check(saved("fp8"), layer, experts)
@@ -189,6 +189,22 @@ def test_the_shipped_model_passes_and_the_errors_are_printed(capfd):
     assert out.splitlines()[0].startswith("attention            float64  relative error ") and out.splitlines()[0].endswith("e-16, limit 1e-10") or "e-15" in out
 
 
+def test_an_infinite_norm_has_its_line_and_no_warning(saved, tmp_path, capfd, recwarn):
+    def spoil(tensors):
+        tensors["model.layers.1.input_layernorm.weight"][3] = torch.inf
+
+    folder = kept(saved("fp32"), tmp_path / "p", Part((1,), None, ("attention",)), spoil)
+    assert main(["check-layer", str(folder), "1"]) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and not [w for w in recwarn if issubclass(w.category, RuntimeWarning)], err
+
+
+def test_the_help_says_what_it_cannot_see(capfd):
+    with pytest.raises(SystemExit):
+        main(["check-layer", "--help"])
+    assert "wrong but finite ones pass" in " ".join(capfd.readouterr().out.split())
+
+
 def test_a_wrong_layer_ends_with_status_2(capfd, monkeypatch):
     monkeypatch.setattr("k2.attention.rotate", lambda x_TR, cos_TP, sin_TP: x_TR)
     assert main(["check-layer", str(MINI), "1"]) == 2
@@ -196,7 +212,7 @@ def test_a_wrong_layer_ends_with_status_2(capfd, monkeypatch):
     assert "NO" in out.splitlines()[0] and "attention in float64 differs by" in err and "--verify" in err
 
 
-@pytest.mark.parametrize("arguments, words", [(["1", "--tokens", "0"], "--tokens, --seed: found 0"), (["1", "--experts", "x"], "--experts x: expected numbers"), (["9"], "found layer 9"), (["one"], "invalid int value")])
+@pytest.mark.parametrize("arguments, words", [(["1", "--tokens", "0"], "--tokens, --seed: found 0"), (["1", "--tokens", "100000000"], "expected 1 to 4096"), (["1", "--experts", "x"], "--experts x: expected numbers"), (["9"], "found layer 9"), (["one"], "invalid int value")])
 def test_flags_that_make_no_sense_are_one_line(capfd, arguments, words):
     assert main(["check-layer", str(MINI), *arguments]) == 2
     out, err = capfd.readouterr()

@@ -55,7 +55,11 @@ def test_with_a_gpu_the_rest_lies_there_and_experts_cross_the_bus():
     assert close(found.gpu_share, (24e9 - rest) / everything) and close(found.ram_share, 115e9 / everything)
     assert close(found.bus, (1 - found.gpu_share) * INSTRUCT.routed / 25e9)
     assert close(found.disk, (1 - found.gpu_share - found.ram_share) * INSTRUCT.routed / 7e9)
-    assert close(found.limit, max(found.bus, found.disk)) and found.planned > found.limit
+    away = (1 - found.gpu_share) * INSTRUCT.routed
+    assert close(found.limit, max(away / 50e9, found.disk)) and found.planned > found.limit
+    quick_disk = Machine(**{**vars(WITH_GPU), "disk_bandwidth": 1e12})
+    assert close(seconds_per_token(INSTRUCT, quick_disk, None).limit, away / 50e9), "RAM of 50 GB/s feeds its CPU faster than the bus of 25"
+    assert close(seconds_per_token(INSTRUCT, Machine(**{**vars(quick_disk), "bus_bandwidth": 60e9}), None).limit, away / 60e9)
 
 
 def test_a_known_share_of_hits_takes_the_place_of_even_routing():
@@ -136,6 +140,12 @@ def fixed_speeds(monkeypatch):
     return asked
 
 
+def before_next(out: str) -> str:
+    """The last line before the next command."""
+    assert out.splitlines()[-2] == "next:"
+    return out.splitlines()[-3]
+
+
 def run(capfd, *arguments) -> tuple[int, str, str]:
     status = main(["plan", *arguments])
     return status, *capfd.readouterr()
@@ -145,10 +155,34 @@ def test_one_model_is_the_formula_with_its_numbers(capfd, fixed_speeds):
     status, out, err = run(capfd, "instruct", *FLAGS)
     assert status == 0 and err == "" and fixed_speeds == [("fp8", False, "cpu")]
     for words in ("1,026.408 billion in all", "32.862 billion active", "70,272 bytes a token of context", "139,644 and 1,029,173,256,720", "23,040 of 44.05 MB", "88.6% stay on disk",
-                  "fp8 (released)      1,029.17", "int4                  594.21", "11.89 GB at 10.00 GB/s", "21.14 GB at 10.00 GB/s", "at 7.00 GB/s", "61 layers x 1.00 ms"):  # fmt: skip
+                  "fp8 (released)      1,029.17", "int4                  594.21", "11.89 GB at 50.00 GB/s", "21.14 GB at 50.00 GB/s", "rest and routed at the bandwidth given by a flag", "at 7.00 GB/s", "61 layers x 1.00 ms"):  # fmt: skip
         assert words in out, (words, out)
-    found = seconds_per_token(INSTRUCT, DESKTOP, speeds())
-    assert f"planned: {found.planned:.4g} s a token, {1 / found.planned:.4g} tokens/s" in out and f"{1 / found.limit:.4g} tokens/s" in out.splitlines()[-1]
+    found = seconds_per_token(INSTRUCT, DESKTOP, speeds(1e15))
+    assert f"planned: {found.planned:.4g} s a token, {1 / found.planned:.4g} tokens/s" in out and f"{1 / found.limit:.4g} tokens/s" in before_next(out)
+    assert out.splitlines()[-1] == "    python download_weights.py moonshotai/Kimi-K2-Instruct --local-dir weights/instruct"
+
+
+def test_a_rate_measured_here_says_so(capfd, fixed_speeds, monkeypatch):
+    monkeypatch.setattr(machine.ceilings, "ram_bandwidth", lambda: 50e9)
+    _, out, _ = run(capfd, "instruct", *FLAGS[:6], *FLAGS[8:])
+    assert "11.89 GB at 10.00 GB/s" in out and "rest and routed at what the products take a second, measured on this machine" in out
+
+
+def test_the_cache_is_in_the_formula_and_nothing_small_prints_as_nothing(capfd, fixed_speeds):
+    _, out, _ = run(capfd, "mini", *FLAGS, "--context", "100")
+    assert "of it cache " in out and " 0.00 " not in "".join(line.split(" = ")[0] for line in out.splitlines() if line.startswith(("  rest", "  routed", "cache:")))
+
+
+def test_a_machine_for_no_member_says_so_and_names_one_block(capfd, fixed_speeds):
+    status, out, _ = run(capfd, "--ram", "1MB", *FLAGS[2:])
+    assert status == 0 and "no model of the family fits this machine" in out and "runs" not in out.splitlines()[-2]
+    assert out.splitlines()[-1] == "    python download_weights.py moonshotai/Kimi-K2-Instruct --local-dir weights/instruct --layers 1 --part attention"
+
+
+@pytest.mark.parametrize("flag", ["--ram-bandwidth", "--disk-bandwidth", "--bus-bandwidth", "--gpu-bandwidth"])
+def test_a_bandwidth_of_nothing_is_one_line(capfd, fixed_speeds, flag):
+    status, out, err = run(capfd, "mini", *FLAGS, flag, "0")
+    assert status == 2 and f"{flag}: found 0; expected bytes a second" in err and len(err.splitlines()) == 1
 
 
 def test_the_family_is_a_table_and_the_next_command(capfd, fixed_speeds):
@@ -163,14 +197,14 @@ def test_json_has_the_same_numbers(capfd, fixed_speeds):
     status, out, _ = run(capfd, "thinking", *FLAGS, "--json")
     found = json.loads(out)["models"]["thinking"]
     assert status == 0 and found["needs"]["disk"] == 594_205_904_896 and found["needs"]["routed"] == 11_890_863_360
-    assert found["seconds"]["planned"] == seconds_per_token(THINKING, DESKTOP, speeds()).planned and found["formats"]["bf16"]["disk"] == 2_052_816_510_976
+    assert found["seconds"]["planned"] == seconds_per_token(THINKING, DESKTOP, speeds(1e15)).planned and found["formats"]["bf16"]["disk"] == 2_052_816_510_976
 
 
 def test_a_disk_too_small_and_a_memory_too_small_are_said_and_not_hidden(capfd, fixed_speeds):
     _, out, _ = run(capfd, "instruct", *FLAGS[:4], "--disk", "1TB", *FLAGS[6:])
-    assert out.splitlines()[-1] == "but: disk: 1,000,000,000,000 bytes are free; expected 1,029,173,249,888"
+    assert before_next(out) == "but: disk: 1,000,000,000,000 bytes are free; expected 1,029,173,249,888"
     _, out, _ = run(capfd, "instruct", "--ram", "8GB", *FLAGS[2:])
-    assert out.splitlines()[-1].startswith("does not fit: memory: 8,000,000,000 bytes are free for what every token reads; expected 11,934,")
+    assert before_next(out).startswith("does not fit: memory: 8,000,000,000 bytes are free for what every token reads; expected 11,934,")
 
 
 def test_a_machine_with_a_gpu_shows_its_bus(capfd, fixed_speeds):
@@ -183,7 +217,7 @@ def test_a_checkpoint_is_decoded_and_measured_stands_beside_planned(capfd, fixed
     k2.save(random_model(small_config(torch_dtype="bfloat16")), tmp_path / "c", format="fp32")
     flags = FLAGS if not ram else [*ram, *FLAGS[2:]]
     status, out, _ = run(capfd, str(tmp_path / "c"), *flags[(0 if ram else 2) :], *([] if ram else ["--ram", "1GB"]), "--decode", "3")
-    found = re.fullmatch(r"measured: (\S+) s a token, (\S+) tokens/s: ([+-]\d+)% planned over measured", out.splitlines()[-1])
+    found = re.fullmatch(r"measured: (\S+) s a token, (\S+) tokens/s: ([+-]\d+)% planned over measured", before_next(out))
     planned = float(re.search(r"planned: (\S+) s a token", out)[1])
     assert status == 0 and abs(100 * (planned / float(found[1]) - 1) - float(found[3])) < 1
 

@@ -192,7 +192,7 @@ def checked_messages(messages) -> list[dict]:
 
 def message_problem(message) -> str:
     """What is wrong with one message, or ""."""
-    if not isinstance(message, dict) or message.get("role") not in START:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in START:
         return f"role: found {message.get('role') if isinstance(message, dict) else message!r}; expected system, user, assistant or tool"
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
@@ -205,7 +205,20 @@ def message_problem(message) -> str:
             return f"{name}: found {type(message[name]).__name__}; expected a string"
     if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
         return "tool_call_id: expected the id of the call that this answers, found none"
+    if has_lone_surrogate(message):
+        return "content: found half of a surrogate pair, which is no character; expected Unicode text"
     return calls_problem(calls) if calls else ""
+
+
+def has_lone_surrogate(value) -> bool:
+    """Whether some string in a JSON value cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (TypeError, ValueError, RecursionError):  # no JSON: said where it is rendered
+        pass
+    return False
 
 
 def calls_problem(calls) -> str:

@@ -81,6 +81,7 @@ class Grammar:
         self.rows, self.filled = np.zeros((256, 256), np.int32), np.zeros(256, bool)
         self.filled[0] = True
         self._masks, self._needs, self._endings, self._walked = {}, {0: 0}, {}, (0, None)
+        self._longest = (b"", [0], [0])  # the longest ending so far, and its tables: others mostly end like it
 
     def start(self) -> "Constraint":
         """A constraint at the beginning of a document."""
@@ -148,7 +149,9 @@ class Grammar:
             if is_complete(stacks):
                 mask_W[list(self.vocabulary.stop_ids)] = True
             self._masks[s] = mask_W, max(map(self.need, self.met(behind_W)))
-        return self._masks[s]
+        mask_W, most = self._masks[s]
+        shared = self.states[s]
+        return mask_W, most + max(len(grammar.closing(stack)) - len(grammar.closing(roomy)) for stack, roomy in zip(stacks, shared))
 
     def met(self, behind_W: np.ndarray) -> list[int]:
         """Each state that stands in a walk's result, once."""
@@ -157,10 +160,12 @@ class Grammar:
         return np.flatnonzero(flags).tolist()
 
     def _roomy(self, stack: tuple) -> tuple:
-        """The same stack, where a string has more room than any token fills, with just that much: they share a mask."""
-        if stack and isinstance(stack[0], grammar.Text) and (stack[0].room or 0) > self.vocabulary.longest:
-            return grammar.Text(stack[0].where, stack[0].need, self.vocabulary.longest + 1), stack[1]
-        return stack
+        """The same stack, where a string has more room, or must have more characters, than any token has, with just that
+        many: they share a mask."""
+        if not stack or not isinstance(stack[0], grammar.Text):
+            return stack
+        text, most = stack[0], self.vocabulary.longest + 1
+        return grammar.Text(text.where, min(text.need, most), None if text.room is None else min(text.room, most)), stack[1]
 
     def need(self, s: int) -> int:
         """The fewest bytes from a state to the end of the document."""
@@ -172,18 +177,37 @@ class Grammar:
         """The shortest ending, in as few tokens as write it."""
         text = min((grammar.closing(stack) for stack in stacks), key=len)
         if text not in self._endings:
-            self._endings[text] = fewest_tokens(text, self.vocabulary)
+            tables = cut(text, self.vocabulary, self._longest)
+            self._longest = max(tables, self._longest, key=lambda known: len(known[0]))
+            self._endings[text] = read_cut(tables, self.vocabulary)
         return self._endings[text]
 
 
 def fewest_tokens(text: bytes, vocabulary: Vocabulary) -> tuple[int, ...]:
     """A text in as few tokens as possible, found from its end; single bytes are always tokens."""
-    best = [()]  # best[n]: of the last n bytes
-    for start in range(len(text) - 1, -1, -1):
-        ends = range(start + 1, min(len(text), start + vocabulary.longest) + 1)
-        ways = [(vocabulary.id_of[text[start:end]], *best[len(text) - end]) for end in ends if text[start:end] in vocabulary.id_of]
-        best.append(min(ways, key=len))
-    return best[-1]
+    return read_cut(cut(text, vocabulary, (b"", [0], [0])), vocabulary)
+
+
+def cut(text: bytes, vocabulary: Vocabulary, known: tuple) -> tuple[bytes, list[int], list[int]]:
+    """(text, tokens that its last n bytes take, length of the first of them); of a known text that ends alike, its tables."""
+    same = next((len(text) - n for n in range(min(len(text), vocabulary.longest)) if known[0].endswith(text[n:])), 0)
+    fewest, first = known[1][: same + 1], known[2][: same + 1]
+    for n in range(same + 1, len(text) + 1):
+        start = len(text) - n
+        lengths = (length for length in range(1, min(n, vocabulary.longest) + 1) if text[start : start + length] in vocabulary.id_of)
+        first.append(min(lengths, key=lambda length: fewest[n - length]))
+        fewest.append(1 + fewest[n - first[n]])
+    return text, fewest, first
+
+
+def read_cut(tables: tuple, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The tokens that the tables found."""
+    text, _, first = tables
+    ids, left = [], len(text)
+    while left:
+        ids.append(vocabulary.id_of[text[len(text) - left : len(text) - left + first[left]]])
+        left -= first[left]
+    return tuple(ids)
 
 
 def is_complete(stacks: tuple) -> bool:

@@ -26,6 +26,7 @@ DEPTH = 12  # how deep free JSON may nest
 GAP = 24  # blanks between two things
 DIGITS = 15  # of a number, so that a double keeps them apart
 EXPONENT = 2  # digits: 1e99 is finite wherever it is read
+MOST_BYTES = 100_000  # of the shortest document: longer ones take more memory and time than any limit of tokens allows
 
 BLANKS, DIGIT, HEX = b" \n\t\r", b"0123456789", b"0123456789abcdefABCDEF"
 
@@ -99,6 +100,11 @@ class Literals:
         """The fewest bytes of such a value."""
         return min(self.texts, key=len)
 
+    @property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return len(self.shortest)
+
 
 @dataclass(frozen=True)
 class Spelling:
@@ -134,6 +140,11 @@ class String:
     def shortest(self) -> bytes:
         """As short as allowed."""
         return b'"' + b"a" * self.least + b'"'
+
+    @property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return self.least + 2
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,8 @@ class Number:
     def shortest(self) -> bytes:
         """Zero."""
         return b"0"
+
+    size = 1
 
 
 @dataclass(frozen=True)
@@ -215,6 +228,11 @@ class Range:
     def shortest(self) -> bytes:
         """The shortest of those that there are."""
         return shortest_digits(self.begin(()))
+
+    @property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return len(self.shortest)
 
 
 @dataclass(frozen=True)
@@ -373,6 +391,11 @@ class Array:
         """As few as allowed."""
         return b"[" + b",".join([self.items.shortest] * self.least) + b"]"
 
+    @functools.cached_property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return max(self.least * (self.items.size + 1) - 1, 0) + 2
+
 
 @dataclass(frozen=True)
 class Element(Gap):
@@ -438,6 +461,11 @@ class Object:
     def shortest(self) -> bytes:
         """The required members."""
         return b"{" + b",".join(self.member(n) for n in sorted(self.required)) + b"}"
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return max(sum(len(self.names[n]) + self.values[n].size + 2 for n in self.required) - 1, 0) + 2
 
     def member(self, n: int) -> bytes:
         """A member at its shortest."""
@@ -546,7 +574,12 @@ class AnyOf:
     @functools.cached_property
     def shortest(self) -> bytes:
         """The shortest of any."""
-        return min((node.shortest for node in self.nodes), key=len)
+        return min(self.nodes, key=lambda node: node.size).shortest
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many bytes that is."""
+        return min(node.size for node in self.nodes)
 
 
 # ---- schemas ----
@@ -586,10 +619,18 @@ class Compiler:
     """Turns one schema document into nodes; `root` is where its references point into."""
 
     def __init__(self, root):
-        self.root = root
+        self.root, self.pointed = root, {}  # pointed: the node of each reference, compiled once however often it is used
 
     def node(self, schema, where: str, following: tuple[str, ...]):
-        """The node of a part; `following` are the references on the way to it."""
+        """The node of a part; `following` are the references on the way to it. Nodes are made from the leaves up, and
+        one whose shortest document is too long is refused before its bytes are put together."""
+        made = self.unchecked(schema, where, following)
+        if made.size > MOST_BYTES:
+            raise K2Error(f"{where}: its shortest document takes more than {MOST_BYTES:,} bytes; expected no more. Ask for fewer characters or elements.")
+        return made
+
+    def unchecked(self, schema, where: str, following: tuple[str, ...]):
+        """The node of a part, of any size."""
         if schema is True or schema == {}:
             return any_value()
         if not isinstance(schema, dict):
@@ -616,13 +657,15 @@ class Compiler:
             target = target.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
         if not str(pointer).startswith("#") or target is None:
             raise K2Error(f"{where}: $ref {pointer!r}; expected a place in this schema, such as '#/$defs/name'.")
-        return self.node(target, f"{where}({pointer})", (*following, pointer))
+        if pointer not in self.pointed:
+            self.pointed[pointer] = self.node(target, f"{where}({pointer})", (*following, pointer))
+        return self.pointed[pointer]
 
     def any_of(self, schemas, where: str, following: tuple[str, ...]):
         """The node of alternatives."""
         if not isinstance(schemas, list) or not schemas:
             raise K2Error(f"{where}.anyOf: expected a list of at least one schema.")
-        return AnyOf(tuple(self.node(schema, f"{where}.anyOf[{n}]", following) for n, schema in enumerate(schemas)))
+        return either([self.node(schema, f"{where}.anyOf[{n}]", following) for n, schema in enumerate(schemas)])
 
     def literals(self, schema: dict, where: str):
         """The node of enum or const: those of its values that the type allows."""
@@ -638,8 +681,7 @@ class Compiler:
 
     def typed(self, schema: dict, where: str, following: tuple[str, ...]):
         """The node of one or several types."""
-        nodes = tuple(self.of_type(kind, schema, where, following) for kind in types_of(schema, where))
-        return nodes[0] if len(nodes) == 1 else AnyOf(nodes)
+        return either([self.of_type(kind, schema, where, following) for kind in types_of(schema, where)])
 
     def of_type(self, kind: str, schema: dict, where: str, following: tuple[str, ...]):
         """The node of one type with the words that belong to it."""
@@ -667,6 +709,12 @@ class Compiler:
         return Object(names, tuple(nodes), frozenset(list(properties).index(name) for name in required), free)
 
 
+def either(nodes: list):
+    """One of some nodes, each once, and those of an AnyOf among them: nested and repeated, they would double at each level."""
+    flat = tuple(dict.fromkeys(one for node in nodes for one in (node.nodes if isinstance(node, AnyOf) else (node,))))
+    return flat[0] if len(flat) == 1 else AnyOf(flat)
+
+
 def types_of(schema: dict, where: str) -> list[str]:
     """The types a schema allows: those it names, or those that its words speak of, or all."""
     named = schema.get("type", [kind for kind, words in OF_TYPE.items() if any(word in schema for word in words)] or list(OF_TYPE))
@@ -679,6 +727,8 @@ def types_of(schema: dict, where: str) -> list[str]:
 
 def is_of_type(value, kind: str) -> bool:
     """Whether a JSON value is of a schema's type; a boolean is no number."""
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()  # JSON Schema: 1.0 is an integer
     python = {"string": str, "number": (int, float), "integer": int, "array": list, "object": dict, "boolean": bool, "null": type(None)}[kind]
     return isinstance(value, python) and (kind == "boolean" or not isinstance(value, bool))
 
@@ -694,9 +744,10 @@ def spelled(value, where: str) -> bytes:
 def counts(schema: dict, where: str, least: str, most: str) -> tuple[int, int | None]:
     """A least and a most number of characters or elements."""
     low, high = schema.get(least, 0), schema.get(most)
-    for word, value in ((least, low), (most, high)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise K2Error(f"{where}.{word}: found {value!r}; expected 0 or more.")
+    for word in (word for word in (least, most) if word in schema):
+        value = schema[word]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise K2Error(f"{where}.{word}: found {value!r}; expected 0 or more, as a whole number without a point.")
     if high is not None and high < low:
         raise K2Error(f"{where}: {least} is {low} and {most} {high}; expected no more than that.")
     return low, high

@@ -5,10 +5,12 @@ and why an answer ended. Ctrl-C stops an answer and not the program. A line that
 """
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
-from .chat import END, THINK, Template, checked_messages, decode_parts, encode_chat
+from .chat import END, THINK, Template, checked, decode_parts, encode_chat
 from .config import K2Error
 from .constraint import CallConstraint, Grammar, ThoughtFirst, Vocabulary
 from .generation import generate
@@ -101,17 +103,23 @@ class Chat:
         note(f"(offered: {', '.join(functions)})")
 
     def save(self, path: str):
-        """Write the dialog as JSON."""
+        """Write the dialog as JSON. What could not be written leaves the file as it was."""
         try:
-            Path(path).write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise K2Error(f"{path}: could not be written: {error.strerror}. Give another name.") from None
+            write_whole(path, (json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n").encode())
+        except (OSError, ValueError) as error:  # a ValueError is a name with a zero byte in it, or a text that is no Unicode
+            raise K2Error(f"{harmless(path)}: could not be written: {getattr(error, 'strerror', None) or error}. Give another name.") from None
         note(f"({len(self.messages)} messages in {path})")
 
     def load(self, path: str):
         """Take up a dialog that was saved."""
         saved = read_json(path)
-        self.messages = checked_messages(saved.get("messages") if isinstance(saved, dict) else None)
+        if not isinstance(saved, dict) or "messages" not in saved:
+            raise K2Error(f'{path}: found {type(saved).__name__}; expected an object with "messages". Write {{"messages": [...]}}, as /save does.')
+        try:
+            checked(saved["messages"], None)
+        except K2Error as error:
+            raise K2Error(f"{path}: {error}") from None
+        self.messages = saved["messages"]
         note(f"({len(self.messages)} messages from {path}{'; /continue goes on with the last' if self.messages[-1].get('partial') else ''})")
 
     # ---- answers ----
@@ -246,12 +254,32 @@ def harmless(text: str) -> str:
 
 def read_json(path: str):
     """What a JSON file holds."""
-    if not Path(path).is_file():
-        raise K2Error(f"{path}: expected a JSON file, found {'something else' if Path(path).exists() else 'nothing'}. Check the name.")
     try:
+        if not Path(path).is_file():
+            raise K2Error(f"{harmless(path)}: expected a JSON file, found {'something else' if Path(path).exists() else 'nothing'}. Check the name.")
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise K2Error(f"{path}: expected JSON, found: {error}. Mend the file.") from None
+        raise K2Error(f"{harmless(path)}: expected JSON, found: {error}. Mend the file.") from None
+
+
+def write_whole(path: str, content: bytes):
+    """A file with this content, or as it was before: written beside itself first, then renamed. A device is written to."""
+    target = Path(path).resolve()  # a link stays one
+    if target.exists() and not target.is_file():
+        target.write_bytes(content)
+        return
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_line(prompt: str) -> str:

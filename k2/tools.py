@@ -25,7 +25,10 @@ SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", type(
 
 def declaration(function) -> dict:
     """A function as a tool. Raises K2Error for a parameter without a type hint, or of a type that has no schema."""
-    hints, properties, required = typing.get_type_hints(function), {}, []
+    try:
+        hints, properties, required = typing.get_type_hints(function), {}, []
+    except (Exception, SystemExit) as error:  # a hint in quotation marks is a program, too
+        raise K2Error(f"tool {function.__name__}: its type hints cannot be read: {type(error).__name__}: {error}. Mend them.") from None
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY) or name not in hints:
             raise K2Error(f"tool {function.__name__}: parameter {name} has no type hint or cannot be named. Write it as {name}: str.")
@@ -39,7 +42,7 @@ def declaration(function) -> dict:
 def schema_of(hint, where: str) -> dict:
     """The JSON Schema of a type hint."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in SIMPLE:
+    if isinstance(origin, type) and origin in SIMPLE:
         return {"type": SIMPLE[origin]}
     if origin is typing.Literal:
         return {"enum": list(inner)}
@@ -64,7 +67,7 @@ def functions_of(path: str) -> dict[str, typing.Callable]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way, and must not end the chat
         raise K2Error(f"{path}: {type(error).__name__}: {error}. Mend the file; it is run to find its functions.") from None
     found = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == "chat_tools" and not name.startswith("_")}
     if not found:
@@ -77,7 +80,7 @@ def called(function, arguments: str) -> str:
     try:
         result = function(**json.loads(arguments))
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except Exception as error:  # whatever went wrong, the model may try again
+    except (Exception, SystemExit) as error:  # whatever went wrong, the model may try again
         return f"{type(error).__name__}: {error}"
 
 

@@ -418,3 +418,18 @@ def test_a_constraint_can_be_asked_what_is_left():
     constraint = grammar("json mode").start()
     assert isinstance(constraint, Constraint) and constraint.shortest == len(fewest_tokens(b"{}", vocabulary()))
     assert closing(constraint.stacks[0]) == b"{}"
+
+
+def test_many_characters_that_must_come_share_a_mask_and_the_limit_still_holds():
+    long = Grammar(vocabulary(), {"type": "string", "minLength": 400})
+    rng = random.Random(0)
+    ids = sampled(long.start(), 4000, rng, lambda allowed: rng.choice([i for i in allowed if vocabulary().tokens[i].isalpha()] or allowed) if rng.random() < 0.9 else allowed[0])
+    assert len(json.loads(b"".join(vocabulary().tokens[i] for i in ids if i < len(vocabulary().tokens)))) >= 400
+    assert long.walks < len(ids) / 2
+    for limit in (long.start().shortest, long.start().shortest + 7, 405):
+        ids = sampled(long.start(), limit, rng)
+        assert len(json.loads(b"".join(vocabulary().tokens[i] for i in ids if i < len(vocabulary().tokens)))) >= 400
+
+
+def test_a_long_text_is_cut_into_tokens_in_time_that_grows_with_its_length():
+    assert b"".join(vocabulary().tokens[i] for i in fewest_tokens(b"ab" * 30_000, vocabulary())) == b"ab" * 30_000

@@ -262,3 +262,37 @@ def test_a_schema_that_nests_too_deep_is_refused():
         schema = {"type": "array", "items": schema}
     with pytest.raises(K2Error, match="nests too deep"):
         compiled(schema)
+
+
+def test_references_that_double_at_each_level_are_compiled_once():
+    chain = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}, {"$ref": f"#/$defs/d{n + 1}"}, {"const": n}]} for n in range(30)}
+    node = compiled({"$defs": {**chain, "d30": {"type": "null"}}, "$ref": "#/$defs/d0"})
+    assert len(node.nodes) == 31 and accepts(node, "null") and accepts(node, "29") and not accepts(node, "30")
+
+
+PAIRS = {**{f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}, "minItems": 2} for n in range(60)}, "d60": {}}
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "string", "minLength": 100_000}, {"type": "array", "items": {"type": "null"}, "minItems": 10**12}, {"$defs": PAIRS, "$ref": "#/$defs/d0"}])  # fmt: skip
+def test_a_schema_whose_shortest_document_is_too_long_is_refused_before_it_is_written(schema):
+    with pytest.raises(K2Error, match="its shortest document takes more than 100,000 bytes"):
+        compiled(schema)
+
+
+@pytest.mark.parametrize("schema", [
+    {}, {"type": "object"}, {"type": "array", "minItems": 3, "items": {"type": "number", "minimum": 10}}, {"enum": ["abc", "de"]}, {"type": "string", "minLength": 4},
+    {"properties": {"aé": {"type": "integer"}, "b": {"enum": [[1]]}}, "required": ["b", "aé"]}, {"anyOf": [{"const": "long"}, {"type": "null"}, {"const": 1}]},
+    {"type": "array", "minItems": 1}, {"properties": {"a": {}}}])  # fmt: skip
+def test_a_size_is_that_of_the_shortest_document(schema):
+    assert compiled(schema).size == len(compiled(schema).shortest)
+
+
+def test_one_point_nought_is_an_integer():
+    assert fits({"enum": [1.0, 2.5], "type": "integer"}, 1.0) and not fits({"enum": [1.0, 2.5], "type": "integer"}, 2.5)
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "maxLength": None}, {"type": "string", "minLength": 2.0}, {"type": "array", "minItems": None}])
+def test_a_count_is_a_whole_number(schema):
+    with pytest.raises(K2Error, match="expected 0 or more, as a whole number"):
+        compiled(schema)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,3 +358,45 @@ def test_flags_that_cannot_be_met_are_one_line_and_status_2(capfd, arguments, wo
     assert main(["chat", *arguments]) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("error: ") and words in err and "Traceback" not in err
+
+
+def test_a_dialog_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    keep, chat = tmp_path / "keep.json", chat_of(Scripted())
+    keep.write_text("before")
+    chat.messages = [{"role": "user", "content": "\ud800"}]
+    with pytest.raises(K2Error, match="could not be written"):
+        chat.save(str(keep))
+    chat.messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(K2Error, match="could not be written"):
+        chat.save(f"{keep}\0x")
+    assert keep.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["keep.json"]
+    link = tmp_path / "link.json"
+    link.symlink_to(keep)
+    keep.chmod(0o640)
+    chat.save(str(link))
+    assert link.is_symlink() and json.loads(keep.read_text()) == {"messages": chat.messages} and keep.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_device_is_said_and_stays_a_device():
+    chat = chat_of(Scripted())
+    with pytest.raises(K2Error, match="/dev/full: could not be written: No space left"):
+        chat.save("/dev/full")
+    assert not Path("/dev/full").is_file()
+
+
+@pytest.mark.parametrize(("saved", "words"), [
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, r"messages\[0\].content: found half of a surrogate pair"),
+    ({"messages": [{"role": ["a"], "content": "hi"}]}, r"messages\[0\].role: found \['a'\]"),
+    ({"messages": [{"role": "tool", "tool_call_id": "nobody", "content": "hi"}]}, "found 'nobody', which no call before it has"),
+    ([{"role": "user", "content": "Hi"}], 'found list; expected an object with "messages"'),
+    ({"messages": []}, "expected a list of at least one message"),
+])  # fmt: skip
+def test_a_damaged_transcript_is_refused_under_its_name(tmp_path, saved, words):
+    path, chat = tmp_path / "dialog.json", chat_of(Scripted())
+    path.write_text(json.dumps(saved))
+    with pytest.raises(K2Error, match=f"dialog.json: .*{words}"):
+        chat.load(str(path))
+    with pytest.raises(K2Error, match="expected"):
+        chat.load(f"{path}\0")
+    assert chat.messages == []

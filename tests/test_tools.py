@@ -114,3 +114,33 @@ def test_every_place_that_is_named_is_there():
 @pytest.mark.parametrize(("arguments", "query"), [('{"query": "x y"}', "x y"), ('{"q": "x"}', '{"q": "x"}'), ("x", "x"), ("[1]", "[1]"), ('{"query": 3}', "3")])
 def test_the_query_is_taken_from_whatever_the_model_writes(arguments, query):
     assert searched(arguments, lambda text: f"<{text}>") == f"<{query}>"
+
+
+def unknown_hint(x: "Nope") -> int:  # noqa: F821
+    return 1
+
+
+def leaving_hint(x: "exit(3)") -> int:  # noqa: F821
+    return 1
+
+
+def listed_hint(x: [int]) -> int:
+    return 1
+
+
+@pytest.mark.parametrize(("function", "words"), [
+    (unknown_hint, "tool unknown_hint: its type hints cannot be read: NameError"),
+    (leaving_hint, "cannot be read"), (listed_hint, "parameter x: found"),
+])  # fmt: skip
+def test_hints_that_cannot_be_read_are_refused_by_name(function, words):
+    with pytest.raises(K2Error, match=words):
+        declaration(function)
+
+
+def test_a_file_or_a_tool_that_leaves_does_not_end_the_chat(tmp_path):
+    path = tmp_path / "leaves.py"
+    path.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(K2Error, match="SystemExit: 3"):
+        functions_of(str(path))
+    path.write_text("import sys\ndef leave() -> int:\n    sys.exit(4)\n")
+    assert called(functions_of(str(path))["leave"], "{}") == "SystemExit: 4"

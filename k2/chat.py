@@ -287,7 +287,12 @@ def restore_ids(messages: list[dict], original: dict[str, str]) -> list[dict]:
 
 
 class Template:
-    """A checkpoint's chat_template.jinja, under transformers' settings, in Jinja's sandbox: it is somebody's program."""
+    """A checkpoint's chat_template.jinja, under transformers' settings, in Jinja's sandbox: it is somebody's program.
+
+    The sandbox keeps it from files and from Python. It does not bound time or memory: nested loops, or a format of a
+    great width, can take all of both. `parts` guards against text that spells a control token; a template that makes
+    one on purpose, such as by `replace` of a word in what was typed, can. Take templates from whom you trust.
+    """
 
     def __init__(self, source: str, where: str = "chat_template.jinja", variables: dict[str, str] | None = None):
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])

@@ -14,6 +14,7 @@ from .checkpoint import DTYPES
 from .config import K2Config, K2Error
 from .generation import generate
 from .offload import load, parse_size, store_of
+from .sampling import Sampler
 from .tokenizer import Tokenizer
 
 MINI = Path(__file__).parent / "mini"
@@ -149,6 +150,7 @@ def check_flags(options):
     """What argparse cannot see: a negative count, and flags that the reference would have to ignore."""
     if options.max_new_tokens < 0:
         raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 0 or more.")
+    Sampler(options.temperature, options.top_p, options.seed)  # refuses what it cannot take, before a model is loaded
     for name, taken in NUMPY_TAKES.items() if options.backend == "numpy" else ():
         value = getattr(options, name)
         if value not in taken:
@@ -366,6 +368,7 @@ def run_chat(options):
 
     if options.max_new_tokens < 1:
         raise K2Error(f"--max-new-tokens: found {options.max_new_tokens}; expected 1 or more.")
+    Sampler(options.temperature, options.top_p, options.seed)  # refuses what it cannot take, before a model is loaded
     schema = terminal.read_json(options.schema) if options.schema else True if options.json else None
     tokenizer, device = Tokenizer.from_directory(options.model), pick_device(options.device)
     style = terminal.style_of(options.model, tokenizer) if options.style == "auto" else options.style

@@ -237,27 +237,32 @@ def rewrite_ids(messages: list[dict]) -> tuple[list[dict], dict[str, str]]:
     """(messages whose calls all bear ids of K2's form, {such an id: what the caller called it}).
 
     A client's `call_abc` confuses a model that has only seen functions.NAME:N; the paper's N counts through the whole
-    conversation. Ids of that form stay. A client may use one id twice: a result belongs to the latest call of its id.
+    conversation. Ids of that form stay. A client may use one id twice: results go in order to the calls of their id in the
+    latest message that has one, and those beyond to the last of them.
     """
     taken = {call["id"] for m in messages for call in m.get("tool_calls") or () if is_own_id(call)}
-    current, original, rewritten, count = {}, {}, [], itertools.count()
+    current, original, rewritten, count = {}, {}, [], itertools.count()  # current: the calls of a client's id that wait for a result
     for n, message in enumerate(messages):
-        calls = []
+        calls, fresh = [], {}
         for call, place in zip(message.get("tool_calls") or (), count):
-            own = call["id"] if is_own_id(call) else free_id(call["function"]["name"], place, taken)
+            own = call["id"] if is_own_id(call) and call["id"] not in fresh else free_id(call["function"]["name"], place, taken)
             taken.add(own)
-            current[call["id"]], original[own] = own, call["id"]
+            original[own] = call["id"]
+            fresh.setdefault(call["id"], []).append(own)
             calls.append({**call, "id": own})
+        current.update(fresh)
         answers = message.get("tool_call_id") if message["role"] == "tool" else None
         if answers is not None and answers not in current and not re.fullmatch(r"functions\..+:\d+", answers, re.DOTALL):
             raise K2Error(f"messages[{n}].tool_call_id: found {answers!r}, which no call before it has. Send the assistant's message with that call too.")
-        rewritten.append({**message, **({"tool_calls": calls} if calls else {}), **({"tool_call_id": current.get(answers, answers)} if answers else {})})
+        waiting = current.get(answers, [answers])
+        answered = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        rewritten.append({**message, **({"tool_calls": calls} if calls else {}), **({"tool_call_id": answered} if answers is not None else {})})
     return rewritten, original
 
 
 def is_own_id(call: dict) -> bool:
-    """Whether a call's id is functions.NAME:N of its own name."""
-    return re.fullmatch(r"functions\." + re.escape(call["function"]["name"]) + r":\d+", call["id"]) is not None
+    """Whether a call's id is functions.NAME:N of its own name; a model may have put a namespace before it, as ns.NAME."""
+    return re.fullmatch(r"functions\.(?:[\w.-]+\.)?" + re.escape(call["function"]["name"]) + r":\d+", call["id"]) is not None
 
 
 def free_id(name: str, n: int, taken: set[str]) -> str:
@@ -282,7 +287,12 @@ def restore_ids(messages: list[dict], original: dict[str, str]) -> list[dict]:
 
 
 class Template:
-    """A checkpoint's chat_template.jinja, under transformers' settings, in Jinja's sandbox: it is somebody's program."""
+    """A checkpoint's chat_template.jinja, under transformers' settings, in Jinja's sandbox: it is somebody's program.
+
+    The sandbox keeps it from files and from Python. It does not bound time or memory: nested loops, or a format of a
+    great width, can take all of both. `parts` guards against text that spells a control token; a template that makes
+    one on purpose, such as by `replace` of a word in what was typed, can. Take templates from whom you trust.
+    """
 
     def __init__(self, source: str, where: str = "chat_template.jinja", variables: dict[str, str] | None = None):
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])

@@ -36,6 +36,8 @@ def parse_reply(text: str, tools: list | None = None, thinking: bool = False) ->
     """A whole reply: content (str), reasoning_content (str or None), tool_calls (a list, OpenAI's shape), finish_reason
     ("tool_calls" or "stop"), problems (a list of str). `tools` are those that this request declared; `thinking` says that
     the prompt ended in an open <think>, as K2.5's does. No text raises."""
+    if not isinstance(text, str):
+        raise K2Error(f"reply: found {type(text).__name__}; expected the text that the model wrote. Decode its ids first.")
     stream = ReplyStream(tools, thinking)
     return {**merged(stream.feed(text) + stream.close()), "finish_reason": stream.finish_reason, "problems": stream.problems}
 
@@ -64,7 +66,7 @@ class ReplyStream:
         self.exact, self.unfinished = exact, False  # unfinished: at the end, whether it came inside a call or a thought
         self.declared = None if tools is None else declared_tools(tools)
         self.problems = []  # one line each, in the order in which they were met
-        self.calls = 0  # given out so far
+        self.calls, self._ids = 0, set()  # given out so far
         self._state, self._held, self._blank, self._deltas = "THINK" if thinking else "START", "", [], []
         self._id, self._arguments, self._named = [], [], False  # of the call at hand; named: it was given out
 
@@ -161,7 +163,8 @@ class ReplyStream:
 
     def _read_id(self, text: str) -> tuple[str, str]:
         """(name, id); no name where the text has none, no id where it cannot be one."""
-        head, _, number = text.rpartition(":")
+        head, _, number = (part.strip(BLANKS) for part in text.rpartition(":"))
+        text = f"{head}:{number}" if number.isdigit() else text
         if not (number.isascii() and number.isdigit()):
             name = text.removeprefix("functions.")
             return (name, f"functions.{name}:{self.calls}") if name in (self.declared or ()) else ("", "")
@@ -173,6 +176,9 @@ class ReplyStream:
         """A call's first delta."""
         if self.declared is not None and name not in self.declared:
             self._tell(f"call {self.calls}: {name} is not declared in this request")
+        if i in self._ids:
+            self._tell(f"call {self.calls}: its id {i} was used before in this reply")
+        self._ids.add(i)
         self._deltas.append({"tool_calls": [{"index": self.calls, "id": i, "type": "function", "function": {"name": name, "arguments": arguments}}]})
         self.calls, self._named = self.calls + 1, True
 
@@ -240,11 +246,17 @@ def declared_tools(tools: list) -> dict[str, dict]:
     """{name: JSON Schema of its parameters} of a request's tools."""
     try:
         declared = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        if all(isinstance(name, str) and isinstance(schema, dict) for name, schema in declared.items()):
+        if all(isinstance(name, str) and isinstance(schema, dict) and has_names(schema) for name, schema in declared.items()):
             return declared
     except (TypeError, KeyError, AttributeError):
         pass
-    raise K2Error("tools: expected a list of {'type': 'function', 'function': {'name': ..., 'parameters': {...}}}. See OpenAI's tools.")
+    raise K2Error("tools: expected a list of {'type': 'function', 'function': {'name': ..., 'parameters': {...}}}, properties an object and required a list of names. See OpenAI's tools.")
+
+
+def has_names(schema: dict) -> bool:
+    """Whether properties and required, where there are any, are an object and a list of names."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    return isinstance(properties, dict) and isinstance(required, list) and all(isinstance(name, str) for name in required)
 
 
 def fits(arguments: str, schema: dict) -> bool:

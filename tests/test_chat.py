@@ -393,3 +393,18 @@ def test_nothing_that_is_given_is_changed():
     before = json.dumps(conversation)
     render_chat(**conversation), encode_chat(tokenizer(), **conversation, style=Template(INSTRUCT_JINJA))
     assert json.dumps(conversation) == before and k2.render_chat is render_chat
+
+
+def test_two_calls_of_one_id_in_one_message_get_their_results_in_order():
+    for i in ("call_x", "functions.add:0"):
+        messages = [HI, assistant("", call(i=i, arguments='{"a": 1}'), call(i=i, arguments='{"a": 2}')), result("one", i), result("two", i)]
+        rewritten, original = rewrite_ids(messages)
+        ids = [made["id"] for made in rewritten[1]["tool_calls"]]
+        assert len(set(ids)) == 2 and [m["tool_call_id"] for m in rewritten[2:]] == ids
+        assert restore_ids(rewritten, original) == messages
+
+
+def test_an_id_with_a_namespace_stays_as_the_model_wrote_it():
+    message = k2.parse_reply("<|tool_calls_section_begin|><|tool_call_begin|>functions.ns.add:2<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>", [ADD])
+    assert message["tool_calls"][0]["function"]["name"] == "add"
+    assert "<|tool_call_begin|>functions.ns.add:2<|tool_call_argument_begin|>" in render_chat([HI, assistant("", *message["tool_calls"]), result("3", "functions.ns.add:2")])

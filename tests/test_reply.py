@@ -71,7 +71,7 @@ CASES = {
     "two calls, line feed between": (f"{B}{one()}\n{one(WEATHER[0], WEATHER[2])}{E}", TOOLS, "", [ADD, WEATHER], [], None),
     "two sections": (f"x{B}{one()}{E}y{B}{one(WEATHER[0], WEATHER[2])}{E}z", TOOLS, "xyz", [ADD, WEATHER], [], None),
     "one tool twice": (f"{B}{one()}{one('functions.add:1', '{}')}{E}", TOOLS, "", [ADD, ("functions.add:1", "add", "{}")], [], None),
-    "one id twice": (f"{B}{one()}{one()}{E}", TOOLS, "", [ADD, ADD], [], None),
+    "one id twice": (f"{B}{one()}{one()}{E}", TOOLS, "", [ADD, ADD], ["call 1: its id functions.add:0 was used before"], None),
     "text between calls is kept": (f"{B}{one()} and {one(WEATHER[0], WEATHER[2])}{E}", TOOLS, " and", [ADD, WEATHER], [], None),
     "text in an empty section is kept": (f"{B}I would call{E}", TOOLS, "I would call", [], [], None),
     "empty section": (f"a{B}{E}b", TOOLS, "ab", [], [], None),
@@ -356,3 +356,23 @@ def test_tools_that_are_none_are_refused(tools):
 
 def test_names_of_the_generator_are_among_the_cases():
     assert {"get-weather", "fs.read_file", "$web_search", "搜索", "add"} == set(NAMES)
+
+
+@pytest.mark.parametrize("parameters", [{"properties": None}, {"required": None}, {"properties": 5}, {"required": [["a"]]}])
+def test_a_tool_whose_schema_has_no_names_is_refused(parameters):
+    with pytest.raises(K2Error, match="properties an object and required a list of names"):
+        parse_reply(f"{B}{C}3{A}{{}}{X}{E}", [{"type": "function", "function": {"name": "add", "parameters": parameters}}])
+
+
+def test_no_text_is_refused():
+    with pytest.raises(K2Error, match="reply: found NoneType"):
+        parse_reply(None)
+
+
+def test_an_id_that_comes_twice_in_a_reply_is_told():
+    reply = parse_reply(f"{B}{C}functions.now:0{A}{{}}{X}{C}functions.now:0{A}{{}}{X}{E}", TOOLS)
+    assert len(reply["tool_calls"]) == 2 and reply["problems"] == ["call 1: its id functions.now:0 was used before in this reply"]
+
+
+def test_a_blank_in_an_id_is_left_out():
+    assert parse_reply(f"{B}{C} functions.now : 0 {A}{{}}{X}{E}", TOOLS)["tool_calls"][0]["id"] == "functions.now:0"

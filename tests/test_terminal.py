@@ -348,6 +348,8 @@ def test_the_command_answers_lines_from_a_pipe(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--schema", "none.json"], "none.json: expected a JSON file, found nothing"),
     (["--max-new-tokens", "0"], "--max-new-tokens: found 0; expected 1 or more"),
+    (["--temperature", "nan", "--model", "none"], "temperature: found nan"), (["--top-p", "1.5", "--model", "none"], "top_p: found 1.5"),
+    (["--seed", "-1", "--model", "none"], "seed: found -1"),
     (["--json", "--web-search"], "expected one of them"),
     (["--tools", "none.py"], "none.py: expected a Python file"),
     (["--load", "none.json"], "none.json: expected a JSON file"),

@@ -536,6 +536,8 @@ def run_bench(options):
     for name in ("rounds", "prompt", "new"):
         if getattr(options, name) < 1:
             raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
+    if options.layers is not None and options.layers < 1 or options.context and min(options.context) < 0:
+        raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
     if options.child:
         engine, directory, *counts = options.child
         measured = speed.child(engine, directory, *map(int, counts)) if engine in speed.ENGINES else beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
@@ -576,6 +578,8 @@ def print_budgets(options):
     """The table, or all its figures."""
     from . import bench
 
+    if not Path(options.directory).is_dir():
+        raise K2Error(f"{options.directory}: expected a checkpoint directory, found {'a file' if os.path.exists(options.directory) else 'nothing'}. Give the folder that holds config.json.")
     settings = {name: getattr(options, name) for name in ("device", "dtype", "prompt", "new")}
     settings |= {"gpu_memory": parse_size(options.gpu_memory), "compiled": options.compile}
     result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)

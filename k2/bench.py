@@ -171,6 +171,6 @@ def table(result: dict) -> str:
     lines = [f"{Path(result['checkpoint']).name}: prompt {result['prompt']}, {result['new']} new tokens, {result['threads']} threads; ceilings measured: {ceilings}",
              f"{'RAM':>10}" + "".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items())]  # fmt: skip
     for run in result["runs"]:
-        budget = f"{run['ram'] / 1e9:.1f} GB" if run["ram"] else "free"
+        budget = f"{run['ram'] / 1e9:.3g} GB" if run["ram"] else "free"
         lines.append(f"{budget:>10}" + "".join(f"{run[key]:>{width}{form}}" for key, width, form in COLUMNS.values()))
     return "\n".join(lines)

@@ -41,30 +41,32 @@ def ram_bandwidth(size: int = BURST) -> float:
 
 
 def disk_bandwidth(path, size: int = BURST, readers=(1, 2, 4)) -> float:
-    """Bytes a second of cold reads of 16 MiB from the files at `path` (a file, or a checkpoint's folder), past the page
-    cache where the file system allows it; the best of a few numbers of threads.
+    """Bytes a second of cold reads of 16 MiB (of whole pages, where no file is so large) from the files at `path`, a file or
+    a checkpoint's folder, past the page cache where the file system allows it; the best of a few numbers of threads.
 
     The blocks are drawn at random and none is read twice in one burst. Raises K2Error where there is too little to read.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    blocks = [(file, begin) for file in files for begin in range(0, file.stat().st_size - BLOCK + 1, BLOCK)]
-    if not blocks:
-        raise K2Error(f"{path}: too small to measure the disk with; expected at least {BLOCK:,} bytes. Name a larger file.")
-    descriptors = {file: open_direct(file) for file in files}
+    sizes = {file: file.stat().st_size for file in files if file.is_file()}
+    block = min(BLOCK, max(sizes.values(), default=0) // PAGE * PAGE)
+    if not block:
+        raise K2Error(f"{path}: too small to measure the disk with; expected a file of at least {PAGE:,} bytes, found none. Name a larger file.")
+    blocks = [(file, begin) for file, length in sizes.items() for begin in range(0, length - block + 1, block)]
+    descriptors = {file: open_direct(file) for file in sizes}
     try:
-        return max(burst_rate(descriptors, blocks, size, threads) for threads in readers)
+        return max(burst_rate(descriptors, blocks, block, size, threads) for threads in readers)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
 
 
-def burst_rate(descriptors: dict, blocks: list, size: int, threads: int) -> float:
-    """Bytes a second of one burst of random blocks, by so many threads."""
-    chosen = random.sample(blocks, min(len(blocks), max(threads, size // BLOCK)))
+def burst_rate(descriptors: dict, blocks: list, block: int, size: int, threads: int) -> float:
+    """Bytes a second of one burst of random blocks of one size, by so many threads."""
+    chosen = random.sample(blocks, min(len(blocks), max(threads, size // block)))
     for descriptor in descriptors.values():
         drop_pages(descriptor)
-    rooms = [aligned_bytes(BLOCK) for _ in range(threads)]
+    rooms = [aligned_bytes(block) for _ in range(threads)]
     shares = [chosen[i::threads] for i in range(threads)]
 
     def read_all(room, share):
@@ -72,7 +74,7 @@ def burst_rate(descriptors: dict, blocks: list, size: int, threads: int) -> floa
             os.preadv(descriptors[file], [room], begin)
 
     with ThreadPoolExecutor(threads) as pool:
-        return best_rate(lambda: list(pool.map(read_all, rooms, shares)), len(chosen) * BLOCK, rounds=1)
+        return best_rate(lambda: list(pool.map(read_all, rooms, shares)), len(chosen) * block, rounds=1)
 
 
 def aligned_bytes(size: int) -> memoryview:

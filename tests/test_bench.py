@@ -7,7 +7,7 @@ from small import random_model, small_config
 
 import k2
 from k2 import K2Error, bench
-from k2.__main__ import main
+from k2.__main__ import MINI, main
 from k2.checkpoint import save
 
 SETTINGS = {"device": "cpu", "dtype": "stored", "gpu_memory": None, "prompt": 20, "new": 3, "compiled": False}
@@ -49,7 +49,7 @@ def test_shares_are_of_the_ceilings_of_the_run(monkeypatch, directory, capsys):
     assert found["ceilings"] == {"ram": 20e9, "disk": 2e9}, "the best of the rounds"
     [row] = found["runs"]
     assert (row["ram_share"], row["disk_share"], row["prefill_disk_share"]) == (pytest.approx(0.5), pytest.approx(0.4), pytest.approx(0.25))
-    assert "2.0 GB" in bench.table(found) and "40%" in bench.table(found)
+    assert "2 GB" in bench.table(found) and "40%" in bench.table(found)
 
 
 def test_a_child_that_fails_is_quoted(tmp_path):
@@ -61,6 +61,16 @@ def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, 
     assert main(["bench", str(directory), "--new", "0"]) == 2
     assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2
     assert "expected one of mid, big, slice" in capsys.readouterr().err
+    assert main(["bench", str(tmp_path / "new"), "--write", "mid", "--layers", "0"]) == 2 and not (tmp_path / "new").exists()
+    assert main(["bench", str(directory), "--context", "-1"]) == 2
+    capsys.readouterr()
+    assert main(["bench", str(tmp_path / "nothing")]) == 2
+    assert "nothing: expected a checkpoint directory, found nothing" in capsys.readouterr().err
+
+
+def test_a_small_checkpoint_is_measured_too(capsys):
+    assert main(["bench", str(MINI), "--ram", "20MB", "--rounds", "1", "--new", "1", "--prompt", "8"]) == 0
+    assert "ceilings measured" in capsys.readouterr().out
 
 
 def test_the_cost_of_a_long_context_is_measured_behind_so_many_tokens(directory, capsys):

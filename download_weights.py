@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from k2.__main__ import Parser, printable
+from k2.__main__ import Parser, path_or_name, printable, status_of
 from k2.config import K2Error
 from k2.download import Download, check_index, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
 from k2.hub import Hub
@@ -21,26 +21,23 @@ from k2.part import KINDS, parse_part
 
 def main(arguments=None) -> int:
     """Run the command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
-    try:
-        options = build_parser().parse_args(arguments)
-        return check(options) if options.verify else download(options)
-    except K2Error as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return status_of(lambda: run_options(build_parser().parse_args(arguments)), "stopped; the same command goes on from here", "the disk")
+
+
+def run_options(options):
+    """Fetch, or verify what is there."""
+    if options.verify:
+        check(options)
+    else:
+        download(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; those that `hf download` has too bear its names."""
     parser = Parser(prog="python download_weights.py", description="Fetch a checkpoint from the hub, or a part of it, into a folder. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are obeyed.")
-    parser.add_argument("repo", nargs="?", metavar="REPO", help=f"such as moonshotai/Kimi-K2-Instruct, or {', '.join(name for name in FAMILY if FAMILY[name][1])}")
+    parser.add_argument("repo", nargs="?", type=path_or_name, metavar="REPO", help=f"such as moonshotai/Kimi-K2-Instruct, or {', '.join(name for name in FAMILY if FAMILY[name][1])}")
     parser.add_argument("--revision", default="main", help="a branch, a tag or a commit (default: main); the commit is recorded beside the files")
-    parser.add_argument("--local-dir", metavar="DIR", help="where to put the files (default: weights/NAME)")
+    parser.add_argument("--local-dir", type=path_or_name, metavar="DIR", help="where to put the files (default: weights/NAME)")
     parser.add_argument("--layers", metavar="0-3", help="only these layers; from 0 on with embedding and head, so that they run")
     parser.add_argument("--experts", action="append", metavar="1:17,203", help="of all routed experts only these of that layer")
     parser.add_argument("--part", action="append", metavar="KIND", help=f"only this kind of tensors: {', '.join(KINDS)}; or tokenizer")
@@ -50,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def download(options) -> int:
+def download(options):
     """The plan on stderr, the files, and the measured line."""
     if not options.repo:
         raise K2Error("REPO: expected a repository, found none. Write: python download_weights.py moonshotai/Kimi-K2-Instruct --local-dir weights/k2")
@@ -66,7 +63,7 @@ def download(options) -> int:
         describe(plan, folder, plan.jobs, overhead)
         for job in plan.jobs:
             print(f"{job.size:>16,}  {job.name}")
-        return 0
+        return
     with locked(folder):
         record = open_record(plan, folder)
         check_index(plan, record)
@@ -79,15 +76,12 @@ def download(options) -> int:
         finally:
             progress.end()
     print(f"done: {hub.received:,} bytes received in {progress.seconds():.1f} s, {overhead:,} of them to plan; every hash is recorded, --verify checks them again", file=sys.stderr)
-    return 0
 
 
 def folder_of(options) -> Path:
     """Where the files are: --local-dir, or else weights/NAME."""
     repo = (FAMILY.get(options.repo) or (None, options.repo))[1] or ""
     given = options.local_dir or (f"weights/{repo.rpartition('/')[2]}" if repo else ".")
-    if "\0" in given:
-        raise K2Error("--local-dir: found a zero byte in it; expected a folder's name.")
     return Path(given)
 
 
@@ -100,7 +94,7 @@ def describe(plan: Download, folder: Path, jobs, overhead: int):
         print(f"left out: {printable(', '.join(sorted(repository.left_out)[:8]))}{', ...' if len(repository.left_out) > 8 else ''}; nothing here runs code from a repository", file=sys.stderr)
 
 
-def check(options) -> int:
+def check(options):
     """Hash the files that are there; the ones that are wrong, and what repairs them."""
     folder = folder_of(options)
     if not folder.is_dir():
@@ -112,7 +106,6 @@ def check(options) -> int:
     if problems:
         raise K2Error(f"{folder}: {len(problems)} files are missing or not as they were fetched. Run this, it fetches only these: {command}")
     print(f"{folder}: every file is as it was fetched", file=sys.stderr)
-    return 0
 
 
 class Progress:

@@ -24,20 +24,29 @@ def main(arguments=None) -> int:
     """Run one command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
     for standard in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
         standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
+    return status_of(lambda: run_options(parsed(arguments)))
+
+
+def run_options(options):
+    """Run the command that the options name."""
+    options.run(options)
+
+
+def status_of(action, stopped: str = "stopped", unnamed: str = "standard output") -> int:
+    """Call it; 0, or 2 for something the user can mend, said in one line, or 130 after Ctrl-C."""
     try:
-        options = parsed(arguments)
-        options.run(options)
+        action()
     except K2Error as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         discard_output()
     except OSError as error:  # what no closer handler knew; most likely a full disk behind `> FILE`
         discard_output()
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or unnamed}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 
@@ -59,6 +68,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raise a K2Error."""
         raise K2Error(f"{self.prog.removeprefix('python -m k2 ')}: {message}. All flags: {self.prog} --help")
+
+
+def path_or_name(text: str) -> str:
+    """A path, or a repository's name: no word with a zero byte, which the system would raise a ValueError for."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"found a zero byte in {text[:40]!r}; expected a path or a name")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +108,7 @@ def add_generate(commands):
     """python -m k2 generate"""
     sub = commands.add_parser("generate", help="continue a text", description="Continue a text, greedy by default.")
     sub.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
-    sub.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
+    sub.add_argument("--prompt-file", type=path_or_name, metavar="FILE", help="read the prompt from a file instead")
     add_model_flags(sub, max_new_tokens=128, temperature=0.0)
     sub.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="numpy: the float64 reference, greedy")
     sub.set_defaults(run=run_generate)
@@ -100,7 +116,7 @@ def add_generate(commands):
 
 def add_model_flags(sub, max_new_tokens: int, temperature: float):
     """Which model, where it runs, and how it chooses."""
-    sub.add_argument("--model", default=MINI, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
     sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"of one answer (default: {max_new_tokens})")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
@@ -221,7 +237,7 @@ def stream(new_ids, tokenizer: Tokenizer):
 def add_inspect(commands):
     """python -m k2 inspect"""
     sub = commands.add_parser("inspect", help="the tensors of a checkpoint, here or on the hub", description="List a checkpoint's tensors and compare them with its config; only headers are read.")
-    sub.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint directory, or a repository such as moonshotai/Kimi-K2-Instruct (about 31 MB are read)")
+    sub.add_argument("model", type=path_or_name, metavar="PATH_OR_REPO", help="a checkpoint directory, or a repository such as moonshotai/Kimi-K2-Instruct (about 31 MB are read)")
     sub.add_argument("patterns", nargs="*", metavar="PATTERN", help="names of tensors, with * and ?; without one a table of kinds")
     sub.add_argument("--revision", default="main", help="of a repository: a branch, a tag or a commit")
     sub.add_argument("--statistics", action="store_true", help="also what the numbers are like; reads the tensors")
@@ -257,14 +273,14 @@ def add_plan(commands):
     """python -m k2 plan"""
     sub = commands.add_parser("plan", help="what a model needs and how fast it runs here, without weights or network",
                               description="Plan a model on this machine, or on one given by flags. Sizes are bytes, such as 3GB; bandwidths are bytes a second. What is not given is measured.")  # fmt: skip
-    sub.add_argument("model", nargs="?", metavar="NAME_OR_PATH", help="instruct, instruct-0905, base, thinking, k2.5, moonlight, mini, or a config.json; without one the whole family")
+    sub.add_argument("model", nargs="?", type=path_or_name, metavar="NAME_OR_PATH", help="instruct, instruct-0905, base, thinking, k2.5, moonlight, mini, or a config.json; without one the whole family")
     for name in MACHINE:
         sub.add_argument(f"--{name.replace('_', '-')}", metavar="SIZE")
     sub.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default: 0)")
     sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
     sub.add_argument("--decode", type=int, metavar="N", help="of a checkpoint's folder: also decode N tokens on the CPU, and print measured beside planned")
     sub.add_argument("--published", action="store_true", help="instead: the speeds that others report, beside the limits of their machines")
-    sub.add_argument("--path", default=".", metavar="DIR", help="where the weights are or will be: its disk is measured")
+    sub.add_argument("--path", default=".", type=path_or_name, metavar="DIR", help="where the weights are or will be: its disk is measured")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_plan)
 
@@ -305,15 +321,23 @@ def run_plan(options):
     for name, value in given.items():
         if name.endswith("bandwidth") and value is not None and value < 1:
             raise K2Error(f"--{name.replace('_', '-')}: found {value}; expected bytes a second, such as 7GB.")
-    machine = this_machine(Path(options.path), given)
-    fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
-    plans = [plan.plan(options.model, config, machine, options.context, options.hits, given=fast)] if config else plan.whole_family(machine, options.context, options.hits, fast)
+
+    def planned():
+        machine = this_machine(Path(options.path), given)
+        fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
+        asked = (machine, options.context, options.hits)
+        return machine, [plan.plan(options.model, config, *asked, given=fast)] if config else plan.whole_family(*asked, fast)
+
+    def decoded():
+        return decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)
+
+    machine, plans = planned()
     if options.json:
         print(plan.as_json(plans, machine))
     elif config:
         print("\n".join([*plan.machine_lines(machine), *plan.needs_lines(config, options.context), *plan.seconds_lines(plans[0], machine, options.context)]))
         if options.decode:
-            print(plan.measured_line(plans[0], decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)))
+            print(plan.measured_line([(plans[0], decoded()), *((planned()[1][0], decoded()) for _ in range(2))]))
         print(f"next:\n    {plan.next_command(plans[0])}")
     else:
         print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans), *plan.advice(plans)]))
@@ -323,7 +347,7 @@ def add_check_layer(commands):
     """python -m k2 check-layer"""
     sub = commands.add_parser("check-layer", help="one layer of a checkpoint against the numpy reference", description="Run one layer's tensors, or those that are there, in torch and in numpy on seeded tokens. It checks this code and the "
                               "formats, not the download: both sides read the same bytes, so that wrong but finite ones pass. For those there is download_weights.py --verify, by the hub's hashes.")  # fmt: skip
-    sub.add_argument("model", metavar="DIR", help="a checkpoint, or a part of one")
+    sub.add_argument("model", type=path_or_name, metavar="DIR", help="a checkpoint, or a part of one")
     sub.add_argument("layer", type=int, metavar="LAYER")
     sub.add_argument("--experts", metavar="17,203", help="these routed experts (default: the first two that are there)")
     sub.add_argument("--tokens", type=int, default=4, metavar="N")
@@ -354,11 +378,11 @@ def add_chat(commands):
     add_model_flags(sub, max_new_tokens=512, temperature=0.6)
     sub.add_argument("--style", default="auto", choices=("auto", "instruct", "thinking"), help="the chat format (default: the checkpoint's own template, or its family's)")
     sub.add_argument("--system", metavar="TEXT", help="the system message")
-    sub.add_argument("--tools", metavar="FILE.py", help="offer its functions; each call is run after you have said y")
+    sub.add_argument("--tools", type=path_or_name, metavar="FILE.py", help="offer its functions; each call is run after you have said y")
     sub.add_argument("--web-search", action="store_true", help="offer $web_search, answered offline from this repository's lessons and code")
     sub.add_argument("--json", action="store_true", help="every answer is a JSON object")
-    sub.add_argument("--schema", metavar="FILE", help="every answer is JSON of this JSON Schema")
-    sub.add_argument("--load", metavar="FILE", help="take up a dialog that /save wrote")
+    sub.add_argument("--schema", type=path_or_name, metavar="FILE", help="every answer is JSON of this JSON Schema")
+    sub.add_argument("--load", type=path_or_name, metavar="FILE", help="take up a dialog that /save wrote")
     sub.set_defaults(run=run_chat)
 
 
@@ -388,10 +412,10 @@ def run_chat(options):
 def add_train(commands):
     """python -m k2 train"""
     sub = commands.add_parser("train", help="train K2-mini from this machine's Python sources, or a checkpoint further", description="Train a model; resumes if --out holds a state.")
-    sub.add_argument("--out", required=True, metavar="DIR", help="tokens, state.pt, curve.csv and .png, and at the end checkpoint-FORMAT")
-    sub.add_argument("--config", default=MINI, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
-    sub.add_argument("--init", metavar="DIR", help="a checkpoint to train further, with its own tokenizer, instead of a new model")
-    sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="with --init: UTF-8 text to train on (default: K2-mini's corpus); the last 5 %% are held out")
+    sub.add_argument("--out", required=True, type=path_or_name, metavar="DIR", help="tokens, state.pt, curve.csv and .png, and at the end checkpoint-FORMAT")
+    sub.add_argument("--config", default=MINI, type=path_or_name, metavar="FILE", help="config.json of the model to make (default: K2-mini's)")
+    sub.add_argument("--init", type=path_or_name, metavar="DIR", help="a checkpoint to train further, with its own tokenizer, instead of a new model")
+    sub.add_argument("--data", nargs="+", default=[], type=path_or_name, metavar="FILE", help="with --init: UTF-8 text to train on (default: K2-mini's corpus); the last 5 %% are held out")
     for name, default in (("steps", "3000; 200 with --init"), ("rows", "16"), ("window", "256"), ("stretch", "4; 1 with --init"), ("seed", "0"), ("save-every", "100")):
         sub.add_argument(f"--{name}", type=int, metavar="N", help=f"default: {default}")
     sub.add_argument("--lr", type=float, help="learning rate of all parameters (default: 0.01; 0.002 with --init)")
@@ -432,7 +456,7 @@ def add_experiment(commands):
     sub.add_argument("name", metavar="NAME", help="clip, optimizer, newton-schulz, sparsity, balance or rephrasing")
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     sub.add_argument("--steps", type=int, metavar="N", help="a shorter or longer run")
-    sub.add_argument("--out", default="runs/experiments", metavar="DIR")
+    sub.add_argument("--out", default="runs/experiments", type=path_or_name, metavar="DIR")
     sub.add_argument("--redraw", action="store_true", help="table and figure from --out/NAME.json, without running")
     sub.set_defaults(run=run_experiment)
 
@@ -453,9 +477,9 @@ def run_experiment(options):
 def add_evaluate(commands):
     """python -m k2 evaluate"""
     sub = commands.add_parser("evaluate", help="bits per byte on held-out modules", description="Measure a model on modules of the standard library that K2-mini's training never saw.")
-    sub.add_argument("--model", default=MINI, metavar="DIR")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR")
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
-    sub.add_argument("--data", nargs="+", default=[], metavar="PATH", help="measure on these files (of a folder, its .py files) instead of the held-out modules")
+    sub.add_argument("--data", nargs="+", default=[], type=path_or_name, metavar="PATH", help="measure on these files (of a folder, its .py files) instead of the held-out modules")
     sub.add_argument("--compare", action="store_true", help="also what xz needs, alone and behind the training text, and an n-gram model (minutes)")
     sub.add_argument("--needle", action="store_true", help="also whether it finds a line again, by length and depth (minutes)")
     sub.set_defaults(run=run_evaluate)
@@ -505,7 +529,7 @@ def print_comparison(text: str, ids: list[int], tokenizer: Tokenizer):
 def add_bench(commands):
     """python -m k2 bench"""
     sub = commands.add_parser("bench", help="speed, and what the machine could move", description="Measure a checkpoint at one or more memory budgets beside this machine's ceilings; without DIR, K2-mini and a mid-size model beside transformers.")
-    sub.add_argument("directory", nargs="?", metavar="DIR", help="a checkpoint")
+    sub.add_argument("directory", nargs="?", type=path_or_name, metavar="DIR", help="a checkpoint")
     sub.add_argument("--ram", nargs="+", default=[None], metavar="SIZE", help="memory for the weights, one row of the table each (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE")
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

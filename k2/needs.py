@@ -52,6 +52,7 @@ class Needs:
     routed: int  # bytes of the chosen experts of one token
     expert: int
     experts: int
+    chosen: int  # of a layer's experts, by one token
     layers: int
     cache_per_token: int
 
@@ -98,6 +99,7 @@ def needs(config: K2Config, format: str, rest: str | None = None) -> Needs:
         routed=sizes["expert"] // E * K,
         expert=sizes["expert"] // max(experts, 1),
         experts=experts,
+        chosen=K,
         layers=config.num_hidden_layers,
         cache_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * DTYPE_NAMES[NAME_OF[config.torch_dtype]].itemsize,
     )

@@ -1,10 +1,12 @@
 """What a model needs and how fast a machine can run it, from its config alone: no weights, no network
 
-    seconds per token = rest + max(routed, bus, disk) + layers x fixed
+    seconds per token = rest + max(routed, bus, disk) + last + layers x fixed
         rest     every token reads all weights that are no routed experts        bytes / what the products take a second
         routed   and the chosen experts: 8 of 384 in each of K2's 60 layers      bytes / the same, while experts arrive
         bus      those not in the GPU's memory cross the bus                     missing share x bytes / bus bandwidth
         disk     those in no memory come from the disk                           missing share x bytes / disk bandwidth
+        last     a layer's last expert is computed when nothing arrives any more, or its first arrives when there is
+                 nothing to compute: an eighth of the shorter of the two, where experts arrive from elsewhere
         fixed    Python, the router and small operations, however wide the model is: measured on a narrow one
 
 The limit is what no program with this share of experts in memory can beat: the slowest of the tiers, all at their full
@@ -16,6 +18,7 @@ is always measured on this machine's processor, unless the bandwidth they read a
 import json
 import shlex
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import torch
 
@@ -37,13 +40,14 @@ class Seconds:
     routed: float
     bus: float
     disk: float
+    last: float
     fixed: float
     limit: float
 
     @property
     def planned(self) -> float:
         """What this project should take; see the formula above."""
-        return self.rest + max(self.routed, self.bus, self.disk) + self.fixed
+        return self.rest + max(self.routed, self.bus, self.disk) + self.last + self.fixed
 
 
 def shares(found: Needs, machine: Machine, context: int) -> tuple[float, float]:
@@ -74,7 +78,8 @@ def seconds_per_token(found: Needs, machine: Machine, speeds: Speeds | None, con
     away = bus * machine.bus_bandwidth
     first = (sum(found.rest.values()) + found.routed - away) / bandwidth + cache
     beside = away / max(machine.bus_bandwidth, machine.ram_bandwidth) if away else 0.0
-    return Seconds(on_gpu, in_ram, rest + cache, routed, bus, disk, found.layers * speeds.layer if speeds else 0.0, max(first, beside, disk))
+    last = min(routed, max(bus, disk)) / found.chosen
+    return Seconds(on_gpu, in_ram, rest + cache, routed, bus, disk, last, found.layers * speeds.layer if speeds else 0.0, max(first, beside, disk))
 
 
 # ---- in words ----
@@ -155,24 +160,30 @@ def seconds_lines(p: Plan, machine: Machine, context: int = 0) -> list[str]:
     rate = f"{amount(read)} at {read / s.rest / 1e9:,.2f} GB/s"
     missing = max(0.0, 1 - s.gpu_share - s.ram_share)
     lines = [f"experts: {x.experts:,} of {x.expert / 1e6:,.2f} MB; {s.gpu_share:.1%} fit into the GPU, {s.ram_share:.1%} into RAM, {missing:.1%} stay on disk",
-             "seconds a token = rest + max(routed, bus, disk) + layers x fixed",
+             "seconds a token = rest + max(routed, bus, disk) + last + layers x fixed",
              f"  rest    {rate:40} = {s.rest:9.4f}{f'  of it cache {amount(cache)}' if cache else ''}",
              f"  routed  {f'{amount(x.routed)} at {x.routed / s.routed / 1e9:,.2f} GB/s':40} = {s.routed:9.4f}"]  # fmt: skip
     if s.bus:
         lines.append(f"  bus     {f'{amount(s.bus * machine.bus_bandwidth)} at {machine.bus_bandwidth / 1e9:,.2f} GB/s':40} = {s.bus:9.4f}")
     if s.disk:
         lines.append(f"  disk    {f'{amount(s.disk * machine.disk_bandwidth)} at {machine.disk_bandwidth / 1e9:,.2f} GB/s':40} = {s.disk:9.4f}")
+    if s.last:
+        lines.append(f"  last    {f'of {x.chosen} experts, not at the same time':40} = {s.last:9.4f}")
     lines.append(f"  fixed   {f'{x.layers} layers x {fixed * 1e3:,.2f} ms':40} = {s.fixed:9.4f}  measured on this machine")
     lines.append(f"  rest and routed at {'the bandwidth given by a flag' if p.given else 'what the products take a second, measured on this machine'}")
     lines.append(f"planned: {s.planned:.4g} s a token, {1 / s.planned:.4g} tokens/s; the limit of its bandwidths, all tiers at once and at full rate: {s.limit:.4g} s, {1 / s.limit:.4g} tokens/s")
     return lines + ([f"but: {p.obstacle}"] if p.obstacle else [])
 
 
-def measured_line(p: Plan, measured: float) -> str:
-    """What a token really took, beside what was planned."""
-    if not p.seconds:
-        return f"measured: {measured:.4g} s a token"
-    return f"measured: {measured:.4g} s a token, {1 / measured:.4g} tokens/s: {p.seconds.planned / measured - 1:+.0%} planned over measured"
+def measured_line(rounds: list[tuple[Plan, float]]) -> str:
+    """What a token really took, beside what was planned: medians of a few rounds, each planned afresh and then measured, as
+    a machine that others use too is not the same from one minute to the next."""
+    seconds = [measured for _, measured in rounds]
+    middle = f"measured: {median(seconds):.4g} s a token, {1 / median(seconds):.4g} tokens/s"
+    if not all(p.seconds for p, _ in rounds):
+        return middle
+    off = sorted(p.seconds.planned / measured - 1 for p, measured in rounds)
+    return f"{middle}; planned over measured, of {len(off)} rounds: {median(off):+.0%} ({off[0]:+.0%} to {off[-1]:+.0%})"
 
 
 def family_lines(plans: list[Plan]) -> list[str]:

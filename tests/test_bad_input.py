@@ -469,3 +469,15 @@ def test_ids_out_of_range_are_refused_with_the_range(whole, bad):
     model = k2.load(whole)
     with pytest.raises(k2.K2Error, match=rf"ids: found {bad}; expected 0 to {model.config.vocab_size - 1}"):
         model(torch.tensor([1, bad]))
+
+
+@pytest.mark.parametrize("arguments", [
+    ["generate", "x", "--model", "a\0b"], ["generate", "--prompt-file", "a\0b"], ["chat", "--model", "a\0b"], ["chat", "--tools", "a\0b"], ["chat", "--schema", "a\0b"], ["chat", "--load", "a\0b"],
+    ["train", "--out", "a\0b"], ["train", "--out", "x", "--config", "a\0b"], ["train", "--out", "x", "--init", "a\0b"], ["train", "--out", "x", "--data", "a\0b"],
+    ["experiment", "clip", "--out", "a\0b"], ["evaluate", "--model", "a\0b"], ["evaluate", "--data", "a\0b"], ["bench", "a\0b"],
+    ["inspect", "a\0b"], ["plan", "a\0b"], ["plan", "mini", "--path", "a\0b"], ["check-layer", "a\0b", "0"],
+], ids=lambda words: " ".join(word for word in words if "\0" not in word))  # fmt: skip
+def test_a_path_with_a_zero_byte_is_one_line(capfd, arguments):
+    assert main(arguments) == 2
+    err = capfd.readouterr().err
+    assert "found a zero byte" in err and len(err.splitlines()) == 1 and "\0" not in err

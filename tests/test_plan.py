@@ -38,14 +38,14 @@ def test_experts_on_disk_cost_what_the_missing_share_weighs():
     assert (found.gpu_share, found.bus) == (0, 0) and close(found.ram_share, share)
     assert close(found.rest, rest / 10e9) and close(found.routed, INSTRUCT.routed / 10e9)
     assert close(found.disk, (1 - share) * INSTRUCT.routed / 7e9) and close(found.fixed, 0.061)
-    assert close(found.planned, found.rest + found.disk + found.fixed)
+    assert close(found.last, found.routed / 8) and close(found.planned, found.rest + found.disk + found.last + found.fixed)
     assert close(found.limit, found.disk)
 
 
 def test_what_all_fits_into_ram_waits_for_no_disk():
     roomy = Machine(**{**vars(DESKTOP), "ram": 10**13})
     found = seconds_per_token(THINKING, roomy, speeds())
-    assert found.ram_share == 1 and found.disk == 0 and close(found.planned, found.rest + found.routed + found.fixed)
+    assert found.ram_share == 1 and found.disk == found.last == 0 and close(found.planned, found.rest + found.routed + found.fixed)
     assert close(found.limit, (sum(THINKING.rest.values()) + THINKING.routed) / 50e9)
 
 
@@ -107,7 +107,7 @@ def test_the_limits_of_performance_notes_come_out():
 def planned(name, rate, obstacle="", fits=True) -> Plan:
     config = family_config(name)
     seconds = seconds_per_token(needs(config, "bf16"), Machine(**{**vars(DESKTOP), "ram": 10**14}), Speeds(dict.fromkeys(KINDS, 1e15), 0.0))
-    seconds = type(seconds)(1.0, 0.0, 1 / rate, 0.0, 0.0, 0.0, 0.0, 1.0) if fits else None
+    seconds = type(seconds)(1.0, 0.0, 1 / rate, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0) if fits else None
     return Plan(name, config, needs(config, "bf16"), seconds, obstacle, None)
 
 
@@ -217,9 +217,11 @@ def test_a_checkpoint_is_decoded_and_measured_stands_beside_planned(capfd, fixed
     k2.save(random_model(small_config(torch_dtype="bfloat16")), tmp_path / "c", format="fp32")
     flags = FLAGS if not ram else [*ram, *FLAGS[2:]]
     status, out, _ = run(capfd, str(tmp_path / "c"), *flags[(0 if ram else 2) :], *([] if ram else ["--ram", "1GB"]), "--decode", "3")
-    found = re.fullmatch(r"measured: (\S+) s a token, (\S+) tokens/s: ([+-]\d+)% planned over measured", before_next(out))
+    found = re.fullmatch(r"measured: (\S+) s a token, \S+ tokens/s; planned over measured, of 3 rounds: ([+-]\d+)% \(([+-]\d+)% to ([+-]\d+)%\)", before_next(out))
     planned = float(re.search(r"planned: (\S+) s a token", out)[1])
-    assert status == 0 and abs(100 * (planned / float(found[1]) - 1) - float(found[3])) < 1
+    middle, low, high = map(float, found.groups()[1:])
+    assert status == 0 and low <= middle <= high
+    assert abs(100 * (planned / float(found[1]) - 1) - middle) < 1, "the speeds of a plan are fixed in this test, so the medians belong together"
 
 
 @pytest.mark.parametrize(

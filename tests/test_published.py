@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from k2.__main__ import main
-from k2.published import REPORTS, gigabytes, is_between, limit, page
+from k2.needs import family_config
+from k2.plan import plan
+from k2.published import REPORTS, is_between, limit, machine_of, needs_of, page, seconds, slowest
 
 DOCS = Path(__file__).resolve().parent.parent / "lessons" / "experiments" / "published_speeds.md"
 
@@ -15,9 +17,26 @@ def test_the_page_in_the_docs_is_what_the_command_prints(capfd):
     assert capfd.readouterr().out == page() == DOCS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("moves, bits, expected", [("V3 routed", 4.85, 12.4), ("K2 routed", 4.85, 12.8), ("K2 routed", 4.5, 11.9), ("K2 routed", 8.0, 21.1), ("K2 all", 2.9, 11.5), ("K2 all", 4.57, 18.1), (3.1, 4.0, 3.1)])
-def test_the_bytes_of_a_token_are_those_that_the_reports_imply(moves, bits, expected):
-    assert round(gigabytes(REPORTS[0]._replace(moves=moves, bits=bits)), 1) == expected
+@pytest.mark.parametrize(("model", "bits", "expected"), [("V3", 4.85, 12.4), ("K2", 4.85, 12.8), ("K2", 4.5, 11.9), ("K2", 8.0, 21.1), (3.1, 4.0, 3.1)])
+def test_the_routed_bytes_of_a_token_are_those_that_the_reports_imply(model, bits, expected):
+    assert round(needs_of(REPORTS[0]._replace(model=model, bits=bits)).routed / 1e9, 1) == expected
+
+
+def test_a_report_without_a_card_reads_all_active_weights_from_ram_and_one_with_a_card_its_routed_ones():
+    bare = next(r for r in REPORTS if r.name == "K2.5 Q4_K_S")
+    assert slowest(bare)[0] == "RAM, theory" and round(slowest(bare)[2], 1) == 18.1
+    carded = next(r for r in REPORTS if r.name == "K2 Q4_K_M")
+    share = seconds(carded).gpu_share
+    assert 0.02 < share < 0.05 and round(slowest(carded)[2], 2) == round((1 - share) * needs_of(carded).routed / 1e9, 2)
+    swift = next(r for r in REPORTS if r.bandwidth == 1229)
+    assert slowest(swift)[:2] == ("the card, theory", 1008)
+
+
+def test_the_line_of_a_report_is_what_plan_gives_for_its_machine():
+    config, machine = family_config("thinking"), machine_of(next(r for r in REPORTS if r.name == "K2-Thinking INT4"))
+    planned = plan("thinking", config, machine, measure=False)
+    as_released = 1 / planned.seconds.limit
+    assert abs(limit(next(r for r in REPORTS if r.name == "K2-Thinking INT4")) / as_released - 1) < 0.15, "4.5 bits for all weights, beside INT4 with the rest in bf16"
 
 
 def test_every_report_lies_between_its_lines_or_says_why_not():

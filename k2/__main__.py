@@ -280,7 +280,7 @@ def add_plan(commands):
     sub.add_argument("--hits", type=float, metavar="X", help="share of the chosen experts that is in memory, where you know it; real routing is uneven, 2 to 4 times what fits")
     sub.add_argument("--decode", type=int, metavar="N", help="of a checkpoint's folder: also decode N tokens on the CPU, and print measured beside planned")
     sub.add_argument("--published", action="store_true", help="instead: the speeds that others report, beside the limits of their machines")
-    sub.add_argument("--path", default=".", type=path_or_name, metavar="DIR", help="where the weights are or will be: its disk is measured")
+    sub.add_argument("--path", type=path_or_name, metavar="DIR", help="where the weights are or will be: its disk is measured (default: the checkpoint's folder if one is given, else this one)")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=run_plan)
 
@@ -322,8 +322,10 @@ def run_plan(options):
         if name.endswith("bandwidth") and value is not None and value < 1:
             raise K2Error(f"--{name.replace('_', '-')}: found {value}; expected bytes a second, such as 7GB.")
 
+    folder = Path(options.path or (options.model if options.model and os.path.isdir(options.model) else "."))
+
     def planned():
-        machine = this_machine(Path(options.path), given)
+        machine = this_machine(folder, given)
         fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
         asked = (machine, options.context, options.hits)
         return machine, [plan.plan(options.model, config, *asked, given=fast)] if config else plan.whole_family(*asked, fast)

@@ -13,6 +13,10 @@
 The names below are the public face; everything a user can do wrong raises K2Error.
 """
 
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's memory in pages of 2 MiB; torch looks once, when it first allocates
+
 from .chat import encode_chat, render_chat
 from .checkpoint import Checkpoint, save
 from .config import K2Config, K2Error

@@ -102,7 +102,7 @@ def experiment(name: str, seeds: list[int], steps: int | None = None, command: s
     """Run all arms of an experiment with each seed; what was measured, ready for JSON."""
     if name not in EXPERIMENTS:
         raise K2Error(f"experiment: found {name!r}; expected one of {', '.join(EXPERIMENTS)}.")
-    keep_freed_memory()
+    keep_freed_memory(large_too=True)
     chosen, results = EXPERIMENTS[name], []
     for seed in seeds:
         for arm in chosen.arms:

@@ -104,7 +104,7 @@ def run_and_save(make_trainer, out: Path, run: Run, minutes: float | None, files
     """Train, draw, and write the checkpoints that are not there yet."""
     if minutes:
         run = replace(run, steps=planned_steps(make_trainer, out, run, minutes))
-    keep_freed_memory()
+    keep_freed_memory(large_too=True)
     trainer = make_trainer(run)
     train(trainer, out / "state.pt", Curve(out / "curve.csv"), probe)
     draw_run(read(out / "curve.csv"), out / "curve.png", run.tau)

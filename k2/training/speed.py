@@ -60,7 +60,7 @@ def windows(vocabulary: int, rows: int, window: int) -> np.ndarray:
 
 def ours(directory: str, rows: int, window: int):
     """(forward and backward, optimizer) of this project, cut at the optimizer's own call."""
-    keep_freed_memory()
+    keep_freed_memory(large_too=True)
     config = K2Config.from_json(directory)
     trainer = Trainer(config, windows(config.vocab_size, rows, window), Run(steps=100, rows=rows, window=window))
     optimizer_step, trainer.optimizer.step = trainer.optimizer.step, lambda lr_scale: 0

@@ -566,7 +566,8 @@ def run_bench(options):
         raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
     if options.child:
         engine, directory, *counts = options.child
-        measured = speed.child(engine, directory, *map(int, counts)) if engine in speed.ENGINES else beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
+        measure = speed.child if engine in speed.ENGINES else beside.child
+        measured = measure(engine, directory, *map(int, counts), DTYPES[options.dtype])
         print(json.dumps(measured))
     elif options.mask:
         mask_bench.bench()

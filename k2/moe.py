@@ -55,10 +55,10 @@ class MoE(nn.Module):
         ids, counts = expert_ids_TK.unique(return_counts=True)  # sorted
         arriving = self.experts.fetch(ids.tolist())  # reads start here, and land while the shared expert computes
         shared_TD = self.shared_experts(x_TD)
-        rows = dict(zip(ids.tolist(), x_TD[order_M // K].split(counts.tolist())))
+        rows = dict(zip(ids.tolist(), x_TD.index_select(0, order_M // K).split(counts.tolist())))
         answers = {e: expert(rows[e]) for e, expert in arriving}
         y_MD = self.checked(torch.cat([answers[e] for e in sorted(answers)]), answers)
-        y_TKD = y_MD[order_M.argsort()].unflatten(0, (-1, K))  # back to the tokens' order
+        y_TKD = y_MD.index_select(0, order_M.argsort()).unflatten(0, (-1, K))  # back to the tokens' order
         # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
         y_TD = (weights_TK.unsqueeze(-2) @ y_TKD.to(weights_TK.dtype)).squeeze(-2)
         return (shared_TD + y_TD.to(shared_TD.dtype)).unflatten(0, leading)

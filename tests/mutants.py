@@ -258,7 +258,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows left in the experts' order", "moe.py",
-        "y_MD[order_M.argsort()]", "y_MD[order_M]",
+        "y_MD.index_select(0, order_M.argsort())", "y_MD.index_select(0, order_M)",
         "tests/test_moe.py::test_moe_equals_the_reference_in_float64",
     ),
     Mutant(

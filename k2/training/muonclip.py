@@ -172,8 +172,8 @@ class QKClip:
         return cut
 
 
-def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 256):
-    """max over batch and causal pairs of scale q.k, per head (H,); a few hundred query rows at a time, never T x S."""
+def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 64):
+    """max over batch and causal pairs of scale q.k, per head (H,); a few query rows at a time: never T x S, and not what they may not see."""
     H, T, S = q_HTA.shape[-3], q_HTA.shape[-2], k_HSA.shape[-2]
     largest = []
     for start in range(0, T, rows):

@@ -87,9 +87,20 @@ class Balancer:
         self.window, self.bias_step, self.weight = run.window, run.bias_step, run.balance_loss
         self.routers = [m for m in model.modules() if isinstance(m, Router)]
         self.load_E = {router: torch.zeros(router.weight.shape[0], device=router.weight.device) for router in self.routers}
-        self.losses = []
+        self.scores, self.losses = {}, []
         for router in self.routers:
+            router.scores = self._recorded(router)
             router.register_forward_hook(self._watch)
+
+    def _recorded(self, router: Router):
+        """The router's own `scores`, whose last result is kept: the balance loss needs what the choice was made by."""
+        scores_of = router.scores
+
+        def scores(x_TD):
+            self.scores[router] = scores_of(x_TD)
+            return self.scores[router]
+
+        return scores
 
     def _watch(self, router: Router, inputs, outputs):
         if not router.training:
@@ -99,7 +110,7 @@ class Balancer:
         chosen_TE = torch.zeros(*expert_ids_TK.shape[:-1], E, device=expert_ids_TK.device).scatter_(-1, expert_ids_TK, 1.0)
         self.load_E[router] += chosen_TE.sum(dim=(0, 1))
         # Per sequence: an expert's share of choices (f) times its mean share of the scores (P), summed over experts.
-        scores_TE = router.scores(inputs[0]).unflatten(0, (-1, self.window))
+        scores_TE = self.scores.pop(router).unflatten(0, (-1, self.window))
         share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         self.losses.append((chosen_TE.mean(dim=1) * E / K * share_TE.mean(dim=1)).sum(-1).mean())
 
@@ -128,7 +139,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 256):
+    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 512):
         """Nats; keeps the gradients of x and of the weight."""
         grad_TD, grad_WD = torch.empty_like(x_TD), torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
         nats, T = x_TD.new_zeros((), dtype=grad_WD.dtype), len(targets_T)

@@ -33,15 +33,6 @@ SECONDS = 20  # the longest a terminal block may take
 
 # The files whose every public function and method some lesson must show.
 MODEL_PATH = "quantization norm rope embedding kv_cache attention router expert moe decoder model sampling generation".split()
-# What no lesson shows yet; the test holds this list to the truth, so that it can only shrink.
-NOT_YET = frozenset(
-    f"k2/{file}.py::{symbol}"
-    for file, symbols in {
-        "generation": "continuation decode generate prefill",
-        "sampling": "Sampler.__call__",
-    }.items()
-    for symbol in symbols.split()
-)
 
 
 def lessons() -> list[Path]:

@@ -25,7 +25,7 @@ def draw(data: dict, path):
     x = [100 * hits for hits in data["found in memory"]]
     for name, style, colour in (("INT4", "--", COLOURS[1]), ("FP8", "-", COLOURS[0])):
         ax.plot(x, data[name], style, color=colour, linewidth=2, label=name)
-        for hits in (0.0, 0.5, 0.8, 1.0):
+        for hits in (0.0, 0.5, 1.0):
             y = data[name][data["found in memory"].index(hits)]
             ax.annotate(f"{y:.2f}", (100 * hits, y), xytext=(0, 7 if name == "INT4" else -14), textcoords="offset points", ha="center", fontsize=9, color=colour)
     ax.set(yscale="log", ylim=(0.2, 9), xlim=(-4, 105), xlabel="chosen experts found in memory, %", ylabel="tokens a second, at most")

@@ -33,20 +33,6 @@ SECONDS = 20  # the longest a terminal block may take
 
 # The files whose every public function and method some lesson must show.
 MODEL_PATH = "quantization norm rope embedding kv_cache attention router expert moe decoder model sampling generation".split()
-# What no lesson shows yet; the test holds this list to the truth, so that it can only shrink.
-NOT_YET = frozenset(
-    f"k2/{file}.py::{symbol}"
-    for file, symbols in {
-        "embedding": "OutputHead.forward",
-        "generation": "continuation decode generate prefill",
-        "model": "Body.forward K2.checked K2.forward",
-        "quantization": """FP8CodesLinear.forward FP8CodesLinear.reading FP8Linear.forward INT4KernelLinear.forward INT4KernelLinear.in_kernel_order
-            INT4Linear.forward fp8_dequantize fp8_finite_values fp8_has_nan fp8_product fp8_quantize fp8_scaled fp8_values int4_dequantize
-            int4_kernel_order int4_quantize int4_unpack kernel_order_is_known nibble_shifts panel_products panels reordered_nibbles""",
-        "sampling": "Sampler.__call__",
-    }.items()
-    for symbol in symbols.split()
-)
 
 
 def lessons() -> list[Path]:

@@ -1,7 +1,9 @@
 """What lessons run on: the shipped K2-mini, two texts, and the same model with one of tests/mutants.py's mistakes in it."""
 
+import contextlib
 import functools
 import importlib
+import io
 import math
 import sys
 
@@ -148,3 +150,29 @@ def routes(text: str, model=None) -> dict[int, tuple[torch.Tensor, torch.Tensor]
     for hook in hooks:
         hook.remove()
     return found
+
+
+@contextlib.contextmanager
+def hub(folder=ROOT / "k2" / "mini"):
+    """While this lasts, a hub on this machine, tests/local_hub.py, with one repository, the folder's files; and a function that runs
+    download_weights.py on it in this process: (status, what it said, a line each)."""
+    with tests_on_path():
+        import local_hub
+
+    import download_weights
+    from k2.hub import Hub, Patience
+
+    server, real = local_hub.LocalHub(folder), download_weights.Hub
+
+    def command(*flags):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = download_weights.main([str(flag) for flag in flags])
+        return status, said.getvalue().strip().split("\n")
+
+    download_weights.Hub = lambda: Hub(server.endpoint, patience=Patience(tries=4, first=0.001, timeout=5.0))
+    try:
+        yield server, command
+    finally:
+        download_weights.Hub = real
+        server.close()

@@ -31,10 +31,8 @@ def test_the_maps_table_and_links_are_todays():
     assert not problems, "\n".join(problems)
 
 
-def test_every_public_symbol_of_the_model_path_is_quoted_or_on_the_list_of_those_that_are_not_yet():
-    found = checker.unquoted()
-    assert found <= checker.NOT_YET, f"no lesson quotes {sorted(found - checker.NOT_YET)}"
-    assert found >= checker.NOT_YET, f"quoted by now, so take them off NOT_YET: {sorted(checker.NOT_YET - found)}"
+def test_every_public_symbol_of_the_model_path_is_quoted_in_some_lesson():
+    assert not checker.unquoted()
 
 
 @pytest.mark.parametrize(("path", "block"), QUOTES, ids=lambda value: value.stem if hasattr(value, "stem") else value.info.split("::")[1])

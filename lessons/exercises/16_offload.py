@@ -1,0 +1,124 @@
+"""LRU for experts that are asked for several at a time.
+
+Complete `answer(requests, slots)`: (hits, evicted) for
+
+    requests    a list of lists of experts. The experts of one list are asked for together, in that order; a list never
+                has more experts than there are slots
+    slots       how many experts fit into memory, which is empty at first
+
+For each list: first, the experts of it that are in memory count as hits, and as used now, in the list's order. Then each
+one that is not there is read, in the list's order, and counts as used now. If there is no free slot, the expert that was
+least recently used is evicted, but never one of the list that is being served.
+
+    hits        how many experts were found in memory, over all lists
+    evicted     the experts that had to go, in order
+"""
+
+
+def stub(requests, slots):
+    """(int, list)"""
+    raise NotImplementedError
+
+
+def check(answer):
+    found = answer([["a", "b"], ["a", "b"]], 2)
+    assert isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], list), f"expected (hits, list of evicted), found {found!r}"
+    assert found == (2, []), f"two experts asked for twice, with two slots: expected (2, []), found {found}"
+    found = answer([["a"], ["b"], ["a"], ["c"], ["b"]], 2)
+    assert found[1][:1] == ["b"], f"a, b, a, then c with two slots: b was used least recently, since a was used again; you evicted {found[1][:1]}"
+    assert found == (1, ["b", "a"]), f"a, b, a, c, b with two slots: expected (1, ['b', 'a']), found {found}"
+    found = answer([["a"], ["b"], ["c", "a"]], 2)
+    assert found[1] == ["b"], f"memory holds a and b, and c and a are asked for together: a is in use and b must go; you evicted {found[1]}"
+    assert found[0] == 1, f"memory holds a and b, and c and a are asked for together: a is a hit, whatever c displaces; found {found[0]} hits"
+    found = answer([["a", "b", "c"], ["b"], ["d"], ["c"], ["e"]], 3)
+    assert found == (2, ["a", "b"]), f"[a b c], b, d, c, e with three slots: expected (2, ['a', 'b']), found {found}"
+    import random
+
+    draw = random.Random(16)
+    for _ in range(30):
+        slots = draw.randint(3, 7)
+        requests = [draw.sample(range(10), draw.randint(1, 3)) for _ in range(20)]
+        found, expected = answer([list(r) for r in requests], slots), solution(requests, slots)
+        assert found == expected, f"{requests} with {slots} slots: expected {expected}, found {found}"
+
+
+HINT = """A dict keeps the order of insertion: to count an expert as used now, remove its key and put it in again. The first
+key that is not in the current list is the one to evict."""
+
+
+def solution(requests, slots):
+    memory, hits, evicted = {}, 0, []
+    for asked in requests:
+        there = [e for e in asked if e in memory]
+        hits += len(there)
+        for e in there:
+            memory[e] = memory.pop(e)
+        for e in asked:
+            if e in there:
+                continue
+            if len(memory) == slots:
+                oldest = next(key for key in memory if key not in asked)
+                del memory[oldest]
+                evicted.append(oldest)
+            memory[e] = True
+    return hits, evicted
+
+
+def first_in_first_out(requests, slots):
+    memory, hits, evicted = {}, 0, []
+    for asked in requests:
+        there = [e for e in asked if e in memory]
+        hits += len(there)
+        for e in asked:
+            if e not in memory:
+                if len(memory) == slots:
+                    oldest = next(key for key in memory if key not in asked)
+                    del memory[oldest]
+                    evicted.append(oldest)
+                memory[e] = True
+    return hits, evicted
+
+
+def one_by_one(requests, slots):
+    return solution([[e] for asked in requests for e in asked], slots)
+
+
+def nothing_held(requests, slots):
+    memory, hits, evicted = {}, 0, []
+    for asked in requests:
+        there = [e for e in asked if e in memory]
+        hits += len(there)
+        for e in asked:
+            if e not in memory:
+                if len(memory) == slots:
+                    oldest = next(iter(memory))
+                    del memory[oldest]
+                    evicted.append(oldest)
+                memory[e] = True
+            else:
+                memory[e] = memory.pop(e)
+    return hits, evicted
+
+
+def newest_goes(requests, slots):
+    memory, hits, evicted = {}, 0, []
+    for asked in requests:
+        for e in asked:
+            if e in memory:
+                hits += 1
+                memory[e] = memory.pop(e)
+            else:
+                if len(memory) == slots:
+                    newest = next(key for key in reversed(memory) if key not in asked)
+                    del memory[newest]
+                    evicted.append(newest)
+                memory[e] = True
+    return hits, evicted
+
+
+WRONG = {
+    "first in, first out": (first_in_first_out, "used least recently"),
+    "each expert for itself": (one_by_one, "a is in use and b must go"),
+    "experts in use are evicted": (nothing_held, "a is in use and b must go"),
+    "the most recently used goes": (newest_goes, "used least recently"),
+}

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import math
 import sys
 
@@ -148,3 +149,20 @@ def routes(text: str, model=None) -> dict[int, tuple[torch.Tensor, torch.Tensor]
     for hook in hooks:
         hook.remove()
     return found
+
+
+@functools.cache
+def gradients() -> dict[str, torch.Tensor]:
+    """K2-mini's gradients on CODE, by parameter name, in float64: {name: tensor}; an expert that no token chose has none."""
+    import copy
+
+    from k2.training.pretraining import next_token_loss
+
+    model = copy.deepcopy(mini()).double().requires_grad_()
+    next_token_loss(model, ids(CODE)[None]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def experiment(name: str) -> dict:
+    """What lessons/experiments/NAME.json holds."""
+    return json.loads((ROOT / "lessons" / "experiments" / f"{name}.json").read_text(encoding="utf-8"))

@@ -166,3 +166,23 @@ def gradients() -> dict[str, torch.Tensor]:
 def experiment(name: str) -> dict:
     """What lessons/experiments/NAME.json holds."""
     return json.loads((ROOT / "lessons" / "experiments" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def clipped_heads(package, tau: float = 10.0, index: int = 1) -> dict:
+    """A layer of K2-mini before and after QKClip on CODE, given the same input twice: each head's largest logit, the
+    length of each head's output over that before, and the whole model's bits per byte. `package` is k2, or a broken copy."""
+    muonclip = importlib.import_module(package.__name__ + ".training.muonclip")
+    model = package.load(ROOT / "k2" / "mini", dtype=torch.float32)
+    layer, inputs, mixed = model.model.layers[index].self_attn, [], []
+    clip = muonclip.QKClip(model, tau)
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    layer.dot_product.register_forward_hook(lambda *call: mixed.append(call[2].norm(dim=-1).mean(-1).flatten()))
+    model.train()(ids(CODE))
+    before = clip.max_logits[layer].tolist()
+    cut = clip.apply({p: p for p in model.parameters()})
+    layer(*inputs[0])
+    after = clip.max_logits[layer].tolist()
+    lengths = (mixed[1] / mixed[0]).tolist()
+    found = {"before": before, "after": after, "output": lengths}
+    return {name: [round(v, 2) for v in values] for name, values in found.items()} | {"cut": cut, "bits": bits_per_byte(model.eval())}

@@ -4,7 +4,7 @@
     check 07       judge lessons/work/07_*.py; the first call puts it there
     hint 07        one step further
     solution 07    the answer
-    hunt 1         run the first broken model
+    hunt 1         what is known of the first broken model; with a module and a cause, judge them
     table          write the table in lessons/README.md again
     draw [NAME]    draw the figures again
     verify [07]    check a lesson, or all, as the tests do
@@ -52,6 +52,21 @@ def run_solution(number: str):
     print(practice.solution(practice.find(number)), end="")
 
 
+def run_hunt(number: str, module: str = "", cause: str = "") -> int:
+    """What is known of a broken model, or what is said of an answer."""
+    from . import hunt
+
+    if not module:
+        hunt.case(number)
+        print(hunt.symptoms(number))
+        print("\nAnswer: python -m lessons hunt %s MODULE CAUSE. Causes:" % number)
+        print("\n".join(f"  {name:10} {what}" for name, what in hunt.CAUSES.items()))
+        return 0
+    said = hunt.judged(number, module, cause)
+    print(said)
+    return int(not said.startswith("right"))
+
+
 def run_table():
     """Write the table again."""
     path = checker.HERE / "README.md"
@@ -76,7 +91,7 @@ def run_verify(number: str = "") -> int:
     return int(bool(problems))
 
 
-COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "table": run_table, "draw": run_draw, "verify": run_verify}
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "table": run_table, "draw": run_draw, "verify": run_verify}
 
 
 if __name__ == "__main__":

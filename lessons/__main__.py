@@ -5,6 +5,7 @@
     hint 07        one step further
     solution 07    the answer
     hunt 1         what is known of the first broken model; with a module and a cause, judge them
+    exam           judge lessons/work/exam.txt, the sheet of lessons/exam.md; the first call puts it there
     table          write the table in lessons/README.md again
     draw [NAME]    draw the figures again
     verify [07]    check a lesson, or all, as the tests do
@@ -67,6 +68,13 @@ def run_hunt(number: str, module: str = "", cause: str = "") -> int:
     return int(not said.startswith("right"))
 
 
+def run_exam():
+    """Judge the reader's sheet."""
+    from . import exam_answers
+
+    print("\n".join(exam_answers.sheet(exam_answers.SHEET)))
+
+
 def run_table():
     """Write the table again."""
     path = checker.HERE / "README.md"
@@ -91,7 +99,7 @@ def run_verify(number: str = "") -> int:
     return int(bool(problems))
 
 
-COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "table": run_table, "draw": run_draw, "verify": run_verify}
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "draw": run_draw, "verify": run_verify}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     check 07       judge lessons/work/07_*.py; the first call puts it there
     hint 07        one step further
     solution 07    the answer
-    hunt 1         run the first broken model
+    hunt 1         what is known of the first broken model; with a module and a cause, judge them
+    exam           judge lessons/work/exam.txt, the sheet of lessons/exam.md; the first call puts it there
     table          write the table in lessons/README.md again
     draw [NAME]    draw the figures again
     verify [07]    check a lesson, or all, as the tests do
@@ -52,6 +53,28 @@ def run_solution(number: str):
     print(practice.solution(practice.find(number)), end="")
 
 
+def run_hunt(number: str, module: str = "", cause: str = "") -> int:
+    """What is known of a broken model, or what is said of an answer."""
+    from . import hunt
+
+    if not module:
+        hunt.case(number)
+        print(hunt.symptoms(number))
+        print("\nAnswer: python -m lessons hunt %s MODULE CAUSE. Causes:" % number)
+        print("\n".join(f"  {name:10} {what}" for name, what in hunt.CAUSES.items()))
+        return 0
+    said = hunt.judged(number, module, cause)
+    print(said)
+    return int(not said.startswith("right"))
+
+
+def run_exam():
+    """Judge the reader's sheet."""
+    from . import exam_answers
+
+    print("\n".join(exam_answers.sheet(exam_answers.SHEET)))
+
+
 def run_table():
     """Write the table again."""
     path = checker.HERE / "README.md"
@@ -76,7 +99,7 @@ def run_verify(number: str = "") -> int:
     return int(bool(problems))
 
 
-COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "table": run_table, "draw": run_draw, "verify": run_verify}
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "draw": run_draw, "verify": run_verify}
 
 
 if __name__ == "__main__":

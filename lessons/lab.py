@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import math
 import sys
 
@@ -176,3 +177,40 @@ def hub(folder=ROOT / "k2" / "mini"):
     finally:
         download_weights.Hub = real
         server.close()
+
+
+@functools.cache
+def gradients() -> dict[str, torch.Tensor]:
+    """K2-mini's gradients on CODE, by parameter name, in float64: {name: tensor}; an expert that no token chose has none."""
+    import copy
+
+    from k2.training.pretraining import next_token_loss
+
+    model = copy.deepcopy(mini()).double().requires_grad_()
+    next_token_loss(model, ids(CODE)[None]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def experiment(name: str) -> dict:
+    """What lessons/experiments/NAME.json holds."""
+    return json.loads((ROOT / "lessons" / "experiments" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def clipped_heads(package, tau: float = 10.0, index: int = 1) -> dict:
+    """A layer of K2-mini before and after QKClip on CODE, given the same input twice: each head's largest logit, the
+    length of each head's output over that before, and the whole model's bits per byte. `package` is k2, or a broken copy."""
+    muonclip = importlib.import_module(package.__name__ + ".training.muonclip")
+    model = package.load(ROOT / "k2" / "mini", dtype=torch.float32)
+    layer, inputs, mixed = model.model.layers[index].self_attn, [], []
+    clip = muonclip.QKClip(model, tau)
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    layer.dot_product.register_forward_hook(lambda *call: mixed.append(call[2].norm(dim=-1).mean(-1).flatten()))
+    model.train()(ids(CODE))
+    before = clip.max_logits[layer].tolist()
+    cut = clip.apply({p: p for p in model.parameters()})
+    layer(*inputs[0])
+    after = clip.max_logits[layer].tolist()
+    lengths = (mixed[1] / mixed[0]).tolist()
+    found = {"before": before, "after": after, "output": lengths}
+    return {name: [round(v, 2) for v in values] for name, values in found.items()} | {"cut": cut, "bits": bits_per_byte(model.eval())}

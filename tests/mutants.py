@@ -168,6 +168,11 @@ MUTANTS = (
         "wide_HTS * self.config.softmax_scale", "wide_HTS",
         "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
     ),
+    Mutant(
+        "the absorbed form without the rotary scores", "attention.py",
+        "scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT + q_rope_HTR.flatten(-3, -2) @ k_rope_SR.mT", "scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT",
+        "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
+    ),
     # ---- attention and its past ----
     Mutant(
         "causal mask missing when a cache is present", "attention.py",

@@ -8,7 +8,7 @@
     W^O         o_proj          o_proj.weight                            [7168, 64 x 128]
 
     T tokens in this call · S tokens attended to · D hidden · H heads · N no-position part of a head · R rotary part
-    A = N + R · V value width · Q query rank · C kv rank
+    A = N + R · V value width · Q query rank · C kv rank · M rows of kv_b_proj that belong to the heads at hand
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1; K2 halves the heads to 64 (report, section 2.3). Two forms of the same
 mathematics: the expanded one builds every head's keys and values, cheapest when many tokens attend at once; the
@@ -24,6 +24,7 @@ from .kv_cache import NO_CACHE, LayerCache, NoCache
 from .norm import RMSNorm
 from .rope import rotate
 
+EXPANDED = 2**28  # numbers of keys and values at a time: all heads of K2 up to 16,384 tokens, eight at 131,072
 LATENT_EPS = 1e-6  # the latent norms' own constant, whatever rms_norm_eps says, as in DeepSeek's code and transformers
 
 
@@ -40,17 +41,17 @@ class ScaledDotProduct(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q_HTA, k_HSA, v_HSV):
-        """q (..., H, T, A), k (..., H, S, A), v (..., H, S, V) -> (..., H, T, V)."""
-        mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device)
+    def forward(self, q_TA, k_SA, v_SV):
+        """For all heads or some: q (..., heads, T, A), k (..., heads, S, A), v (..., heads, S, V) -> (..., heads, T, V)."""
+        mask_TS = causal_mask(q_TA.shape[-2], k_SA.shape[-2], q_TA.device)
         # The fused kernels, which never hold all T x S scores, want exactly one batch axis, and values as wide as keys:
         # zeros in, zeros cut off. Where they do not get both, torch takes the plain way without a word.
-        leading, V = q_HTA.shape[:-3], v_HSV.shape[-1]
-        padded_HSA = F.pad(v_HSV, (0, k_HSA.shape[-1] - V))
-        q_HTA, k_HSA, padded_HSA = (x.reshape(-1, *x.shape[-3:]) for x in (q_HTA, k_HSA, padded_HSA))
+        leading, V = q_TA.shape[:-3], v_SV.shape[-1]
+        padded_SA = F.pad(v_SV, (0, k_SA.shape[-1] - V))
+        q_TA, k_SA, padded_SA = (x.reshape(-1, *x.shape[-3:]) for x in (q_TA, k_SA, padded_SA))
         # scale is given, since the default 1/sqrt(A) lacks YaRN's factor.
-        mixed_HTA = F.scaled_dot_product_attention(q_HTA, k_HSA, padded_HSA, attn_mask=mask_TS, scale=self.scale)
-        return mixed_HTA[..., :V].reshape(*leading, *mixed_HTA.shape[-3:-1], V)
+        mixed_TA = F.scaled_dot_product_attention(q_TA, k_SA, padded_SA, attn_mask=mask_TS, scale=self.scale)
+        return mixed_TA[..., :V].reshape(*leading, *mixed_TA.shape[-3:-1], V)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -106,14 +107,31 @@ class MultiHeadLatentAttention(nn.Module):
         return by_head_HOC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
 
     def expanded(self, q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR):
-        """Attention as the paper writes it: every head's keys and values are made first. -> (..., H, T, V)."""
+        """Attention as the paper writes it: every head's keys and values are made first. -> (..., H, T, V).
+
+        They are 20,480 numbers a token, and more than 10 GB with all that is made of them at 131,072 tokens. So where
+        there are many tokens, a few heads are done after the other.
+        """
+        some = self.heads_at_once(c_kv_SC.shape[-2])
+        rows = some * (self.config.qk_nope_head_dim + self.config.v_head_dim)
+        groups = zip(q_nope_HTN.split(some, dim=-3), q_rope_HTR.split(some, dim=-3), self.kv_b_proj.weight.split(rows))
+        return torch.cat([self.expanded_heads(*group, c_kv_SC, k_rope_SR) for group in groups], dim=-3)
+
+    def heads_at_once(self, S: int) -> int:
+        """For how many heads keys and values of S tokens exist at a time; in training for all, as QK-Clip watches all."""
         c = self.config
-        kv_HSO = self.kv_b_proj(c_kv_SC).unflatten(-1, (c.num_attention_heads, -1)).transpose(-3, -2)
-        k_nope_HSN, v_HSV = kv_HSO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        k_rope_HSR = k_rope_SR.unsqueeze(-3).expand(*k_nope_HSN.shape[:-1], -1)  # one rotary key for all heads
-        q_HTA = torch.cat((q_nope_HTN, q_rope_HTR), dim=-1)
-        k_HSA = torch.cat((k_nope_HSN, k_rope_HSR), dim=-1)
-        return self.dot_product(q_HTA, k_HSA, v_HSV)
+        most = EXPANDED // (S * (c.qk_nope_head_dim + c.v_head_dim))
+        return c.num_attention_heads if self.training else min(max(most, 1), c.num_attention_heads)
+
+    def expanded_heads(self, q_nope_TN, q_rope_TR, weight_MC, c_kv_SC, k_rope_SR):
+        """The same for some heads, a leading axis here, and the M rows of kv_b_proj that are theirs."""
+        c = self.config
+        kv_SO = F.linear(c_kv_SC, weight_MC).unflatten(-1, (q_nope_TN.shape[-3], -1)).transpose(-3, -2)
+        k_nope_SN, v_SV = kv_SO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        shared_SR = k_rope_SR.unsqueeze(-3).expand(*k_nope_SN.shape[:-1], -1)  # one rotary key for all heads
+        q_TA = torch.cat((q_nope_TN, q_rope_TR), dim=-1)
+        k_SA = torch.cat((k_nope_SN, shared_SR), dim=-1)
+        return self.dot_product(q_TA, k_SA, v_SV)
 
     def absorbed(self, q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR):
         """The same result without keys or values: q (W^UK c) = (q W^UK) c, so the latent itself serves as both.

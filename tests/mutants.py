@@ -176,8 +176,8 @@ MUTANTS = (
     # ---- attention and its past ----
     Mutant(
         "causal mask missing when a cache is present", "attention.py",
-        "mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device)",
-        "mask_TS = causal_mask(q_HTA.shape[-2], k_HSA.shape[-2], q_HTA.device) if q_HTA.shape[-2] == k_HSA.shape[-2] else None",
+        "mask_TS = causal_mask(q_TA.shape[-2], k_SA.shape[-2], q_TA.device)",
+        "mask_TS = causal_mask(q_TA.shape[-2], k_SA.shape[-2], q_TA.device) if q_TA.shape[-2] == k_SA.shape[-2] else None",
         "tests/test_attention.py::test_attention_behind_a_cache_equals_attention_over_the_whole",
     ),
     Mutant(
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "k_nope and v swapped", "attention.py",
-        "k_nope_HSN, v_HSV = kv_HSO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)", "v_HSV, k_nope_HSN = kv_HSO.split((c.v_head_dim, c.qk_nope_head_dim), dim=-1)",
+        "k_nope_SN, v_SV = kv_SO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)", "v_SV, k_nope_SN = kv_SO.split((c.v_head_dim, c.qk_nope_head_dim), dim=-1)",
         "tests/test_attention.py::test_attention_equals_the_reference_in_float64",
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """Multi-head latent attention: both forms against the reference and against each other."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from small import YARN, as_float64, assert_close, assert_gradients_are_right, assert_same, numbers, numpy_weights, random_config, randomised, rotary_tables, small_config
 
 from k2 import reference
-from k2.attention import DirectQueryAttention, ScaledDotProduct, causal_mask
+from k2.attention import DirectQueryAttention, MultiHeadLatentAttention, ScaledDotProduct, causal_mask
 from k2.config import K2Config
 from k2.decoder import DecoderLayer
 from k2.kv_cache import NO_CACHE, LayerCache
@@ -60,6 +61,30 @@ def test_the_absorbed_form_equals_the_expanded_form():
             q_nope, q_rope, c_kv, k_rope = parts(attention, x_TD)
             queries = q_nope[..., past:, :], q_rope[..., past:, :]
             assert_close(attention.absorbed(*queries, c_kv, k_rope), attention.expanded(*queries, c_kv, k_rope), 1e-12, f"seed {seed}, {T} tokens after {past}")
+
+
+@torch.no_grad()
+def test_heads_done_one_after_the_other_give_what_all_give_at_once(monkeypatch):
+    for seed in range(12):
+        config = random_config(seed)
+        attention, _ = one_layer(config, seed)
+        queries_and_latents = parts(attention, numbers(2, 9, config.hidden_size, seed=seed))
+        whole = attention.eval().expanded(*queries_and_latents)
+        for some in range(1, config.num_attention_heads + 1):
+            monkeypatch.setattr("k2.attention.EXPANDED", some * 9 * (config.qk_nope_head_dim + config.v_head_dim))
+            assert attention.heads_at_once(9) == some
+            calls = []
+            hook = attention.dot_product.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given[0].shape[-3]))
+            assert_close(attention.expanded(*queries_and_latents), whole, 1e-13, f"seed {seed}, {some} heads at once")
+            hook.remove()
+            assert sum(calls) == config.num_attention_heads and max(calls) == some
+        assert attention.train().heads_at_once(9) == config.num_attention_heads
+
+
+def test_k2s_heads_are_done_together_up_to_16384_tokens_and_by_eight_at_131072():
+    with torch.device("meta"):
+        attention = MultiHeadLatentAttention(K2Config.from_json(Path(reference.__file__).parent / "configs" / "kimi-k2-instruct.json")).eval()
+    assert [attention.heads_at_once(S) for S in (1, 16_384, 16_385, 131_072, 2**30)] == [64, 64, 63, 8, 1]
 
 
 def test_each_call_takes_the_form_that_is_cheaper_for_it():

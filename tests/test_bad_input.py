@@ -456,8 +456,9 @@ def test_a_benchmark_of_no_rounds_is_one_line(capfd):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_disk_that_fills_up_behind_stdout_is_one_line(whole):
-    command = [sys.executable, "-m", "k2", "generate", "x", "--device", "cpu", "--model", str(whole), "--max-new-tokens", "2"]
+@pytest.mark.parametrize("words", [["generate", "x", "--device", "cpu", "--max-new-tokens", "2", "--model"], ["bench", "--json", "--rounds", "1", "--prompt", "4", "--new", "1"]], ids=["text", "statistics"])
+def test_a_disk_that_fills_up_behind_stdout_is_one_line(whole, words):
+    command = [sys.executable, "-m", "k2", *words, str(whole)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -11,8 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from k2.__main__ import Parser, path_or_name, printable, status_of
-from k2.config import K2Error
+from k2.__main__ import Parser, path_or_name, status_of
+from k2.config import K2Error, printable
 from k2.download import Download, check_index, check_room, locked, missing_bytes, missing_jobs, open_record, plan_download, run_download, verify
 from k2.hub import Hub
 from k2.needs import FAMILY

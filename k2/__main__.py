@@ -11,7 +11,7 @@ import torch
 
 from . import reference
 from .checkpoint import DTYPES
-from .config import K2Config, K2Error
+from .config import K2Config, K2Error, printable
 from .generation import generate
 from .offload import load, parse_size, store_of
 from .sampling import Sampler
@@ -49,11 +49,6 @@ def status_of(action, stopped: str = "stopped", unnamed: str = "standard output"
         print(f"error: {error.filename or unnamed}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
-
-
-def printable(error: K2Error) -> str:
-    """The error as one line that cannot steer a terminal, whatever names a hostile file put into it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:4000])
 
 
 def discard_output():

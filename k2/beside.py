@@ -5,6 +5,7 @@ within one round, since machines drift. Both compute in the same dtype and must 
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -82,9 +83,10 @@ def agreement(texts: list[list[int]]) -> str:
 
 
 def run_child(engine: str, directory: Path, prompt: int, new: int, dtype: str) -> dict:
-    """One engine in a fresh process; what it measured."""
+    """One engine in a fresh process; what it measured. What `import k2` asks of torch's memory is not asked for others."""
     command = [sys.executable, "-m", "k2", "bench", "--child", engine, str(directory), str(prompt), str(new), "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    settings = os.environ | ({"THP_MEM_ALLOC_ENABLE": "0"} if engine.startswith("transformers") else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     if done.returncode:
         raise K2Error(f"bench: {engine} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}. Install tests/requirements-oracles.txt for transformers.")
     return json.loads(done.stdout.splitlines()[-1])

@@ -59,10 +59,11 @@ DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library; K2's are 315,000
 MOST_TENSORS = 500_000  # in one shard; all of K2-Thinking has 208,215
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+RECORD = "k2-download.json"  # beside downloaded files: where they came from, their hashes, and which part of it they are
 LONGEST_NAME = 500  # characters; the family's longest has 76
 
 IGNORED_TENSORS = (
-    (re.compile(r"\.self_attn\.rotary_emb\.inv_freq$"), "a stale buffer of another head size (56 numbers where K2 has 32 pairs); the angles follow from config.json"),
+    (re.compile(r"^(language_model\.)?model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"), "a stale buffer of another head size (56 numbers where K2 has 32 pairs); the angles follow from config.json"),
     (re.compile(r"^(vision_tower|mm_projector)\."), "the vision part of K2.5; this project runs the text part"),
 )
 
@@ -77,6 +78,19 @@ class Spec(NamedTuple):
 
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+def check_one_commit(directory: Path, files):
+    """Raise K2Error if download_weights.py left some of these files for a commit that others have not reached yet: each
+    would be whole, and together they would be no model."""
+    record = read_json_object(directory / RECORD) if (directory / RECORD).exists() else {}
+    held, planned = record.get("files"), record.get("planned")
+    if not isinstance(held, dict) or not isinstance(planned, dict):
+        return  # no download, or none that this program wrote: --verify tells
+    for file in files:
+        known = held.get(file)
+        if isinstance(known, dict) and planned.get(file, known.get("source")) != known.get("source"):
+            raise K2Error(f"{directory / file}: of another commit than the one that was begun last; expected all files of one. Finish the download: run the command of {directory / RECORD} again.")
 
 
 # ---- what a config implies ----
@@ -303,6 +317,7 @@ class Checkpoint:
             self.config, self.weight_map = first_layers(self.config, index, layers)
         self.headers = {file: read_header(self.directory / file) for file in sorted(set(self.weight_map.values()))}
         self._cross_check(index)
+        check_one_commit(self.directory, self.headers)
         self.ignored = self._account_for_every_tensor(partial)
         self._shards = {file: self._map(file) for file in self.headers}
         self.identity = {file: identity(self.directory / file) for file in self.headers}
@@ -348,7 +363,10 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view into the memory map, in the stored dtype; `name` is without the prefix that K2.5 adds."""
-        name = self.config.tensor_prefix + name
+        return self.stored(self.config.tensor_prefix + name)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The same by the name in the file, of whatever part of the model."""
         return self._shards[self.weight_map[name]].get_tensor(name)
 
     def let_go(self, name: str):

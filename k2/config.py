@@ -32,6 +32,11 @@ class K2Error(Exception):
     """Something that a user can cause and mend. One line: what, where, expected, found, what to do."""
 
 
+def printable(text) -> str:
+    """A text, or an error's, as one line that cannot steer a terminal, whatever names a hostile file put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:4000])
+
+
 @dataclass(frozen=True)
 class YarnScaling:
     """config.json's `rope_scaling` of type yarn (Peng et al., arXiv 2309.00071); lengths in tokens."""

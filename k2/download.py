@@ -11,6 +11,7 @@ the hash of that file is recorded, since the hub has none of a range. huggingfac
 bytes: it compares sizes and not hashes, and starts a file of 17 GB anew when the program dies.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,10 +26,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import INDEX
+from .checkpoint import INDEX, RECORD, parse_index
 from .config import K2Error, read_json_object
 from .hub import BLOCK, REPOSITORY, Changed, Hashes, Hub, HubFile, Repository, Stopped, is_kept, layout_of
-from .part import RECORD, Part, check_layout
+from .part import Part, check_layout
 
 SPARE = 2**26  # bytes of disk to leave free
 NOTED = 1.0  # seconds after which the hash of what has arrived of a part is noted again: so much is lost by a kill
@@ -133,7 +134,9 @@ def locked(folder: Path):
     with lock:
         try:
             lock_file(lock)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise K2Error(f"{folder}: expected a file system with locks, found: {error.strerror}. Choose a --local-dir on another.") from None
             raise K2Error(f"{folder}: expected to work alone here, found another download at work. Wait for it, or choose another --local-dir.") from None
         yield
 
@@ -375,7 +378,9 @@ def open_record(download: Download, folder: Path) -> Record:
     if old and (old.repository, old.part) != (download.repository.name, download.part):
         held = " ".join(filter(None, [old.repository, old.part.flags()]))
         raise K2Error(f"{folder}: holds {held}; expected a folder for {' '.join(filter(None, [download.repository.name, download.part.flags()]))}. Choose another --local-dir.")
-    return Record(folder, download.repository.name, download.repository.commit, download.part, old.files if old else {}, planned_names(download))
+    planned = planned_names(download)
+    files = {name: known for name, known in old.files.items() if name in planned or (folder / name).exists()} if old else {}  # what is gone on the hub and here is gone
+    return Record(folder, download.repository.name, download.repository.commit, download.part, files, planned)
 
 
 def planned_names(download: Download) -> dict[str, str]:
@@ -415,11 +420,21 @@ def run_download(hub: Hub, download: Download, jobs: list[Job], record: Record, 
     failed = [future.exception() for future in running if not future.cancelled() and future.exception() is not None]
     for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
         raise error
+    if absent := absent_shards(record):
+        raise K2Error(f"{record.repository}: its index names {absent[0]}; expected all shards in its list of files, found {len(absent)} absent. What there is was fetched; this revision is incomplete: try another, or later.")
     if download.index is not None:
         path = record.folder / INDEX
         with writing(path):
             put(path, index_bytes(download.index))
         record.add(INDEX, digest_of(path, None), "")
+
+
+def absent_shards(record: "Record") -> list[str]:
+    """The shards that the folder's index names and that no download of this repository brings: its list of files lacked them."""
+    path = record.folder / INDEX
+    if not record.part.whole() or INDEX not in record.planned or not path.is_file():
+        return []
+    return sorted(set(parse_index(read_json_object(path), str(path)).values()) - record.planned.keys())
 
 
 def verify(folder: Path, seen: Callable[[str], None]) -> tuple[list[str], str]:
@@ -435,6 +450,7 @@ def verify(folder: Path, seen: Callable[[str], None]) -> tuple[list[str], str]:
         if line := problem_of(folder / name, known, record.planned.get(name)):
             problems.append(f"{name}: {line}")
             damaged += [name] if known and line != OTHER_COMMIT else []
+    problems += [f"{name}: named by {INDEX}, and not in the list of files that the repository gave" for name in absent_shards(record)]
     for name in damaged:
         record.distrust(name)
     return problems, record.command()

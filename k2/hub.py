@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import json
 import re
+import sys
 import threading
 import time
 import urllib.error
@@ -23,9 +24,9 @@ from typing import NamedTuple
 import huggingface_hub
 from huggingface_hub import constants, errors, utils
 
-from .checkpoint import INDEX, header_length, parse_header, parse_index
+from .checkpoint import INDEX, RECORD, header_length, parse_header, parse_index
 from .config import LARGEST_JSON, K2Config, K2Error, without_repeats
-from .part import RECORD, Layout, Part
+from .part import Layout, Part
 
 BLOCK = 2**20  # bytes read at a time
 PROGRESS = 2**20  # bytes after which a connection counts as one that works, and failures are counted anew
@@ -84,9 +85,11 @@ class Stopped(Exception):
 class Stay(urllib.request.HTTPRedirectHandler):
     """Redirects are followed by hand, since the first answer has the hub's ETag and the second must not get the token."""
 
-    def redirect_request(self, *arguments):
-        """None lets the redirect come back as an HTTPError."""
+    def http_error_302(self, *arguments):
+        """None lets the redirect come back as an HTTPError, whatever its address looks like."""
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 class Hashes:
@@ -114,8 +117,25 @@ def retry_after(headers) -> float | None:
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
+
+
+def joined(url: str, other: str) -> str:
+    """The address that a page at `url` means by `other`; "" for what is none."""
+    try:
+        return urllib.parse.urljoin(url, other)
+    except ValueError:
+        return ""
+
+
+def is_address(url: str) -> bool:
+    """Whether a text is an address of the web, in the letters that a request may have."""
+    try:
+        found = urllib.parse.urlsplit(url)
+        return found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0 and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, a host that is no address
+        return False
 
 
 def plain_etag(text: str | None) -> str | None:
@@ -131,14 +151,20 @@ class Hub:
             raise K2Error("HF_HUB_OFFLINE is set: expected a network to download from. Unset it; --verify works without.")
         utils.logging.set_verbosity_error()  # of what it tries again we hear in the end, in one line
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        if not is_address(self.endpoint):
+            raise K2Error(f"HF_ENDPOINT: expected an address such as https://huggingface.co, found {self.endpoint[:200]!r}. Mend or unset it.")
         self.patience = patience or Patience()
         self.api = huggingface_hub.HfApi(endpoint=self.endpoint, token=token)
         self.headers = utils.build_hf_headers(token=token, library_name="k2")
         self.opener = urllib.request.build_opener(Stay)
-        self.received, self.lock, self.stop = 0, threading.Lock(), threading.Event()
+        self.received, self.lock, self.stop, self.waited = 0, threading.Lock(), threading.Event(), False
 
-    def rest(self, failures: int, asked: float | None):
-        """Wait before the next try; raises Stopped when there is to be none."""
+    def rest(self, failures: int, asked: float | None, reason: object = ""):
+        """Wait before the next try, the first time with a word to who looks on; raises Stopped when there is to be none."""
+        with self.lock:
+            first, self.waited = not self.waited, True
+        if first and sys.stderr.isatty():
+            print(f"\n{self.endpoint}: {str(reason)[:200]!r}; waiting to try again, {self.patience.tries} times at most", file=sys.stderr)
         if self.stop.wait(self.patience.seconds(failures, asked)):
             raise Stopped
 
@@ -175,7 +201,7 @@ class Hub:
             following = answer.links.get("next", {}).get("url")
             if not following:
                 return entries
-            url = urllib.parse.urljoin(url, following)
+            url = joined(url, following)
             if not self.at_home(url):
                 raise K2Error(f"{name}: the list of files goes on at {url[:200]!r}; expected a page of {self.endpoint}, as the token goes along. Check HF_ENDPOINT.")
         raise K2Error(f"{name}: expected a list of files that ends, found 100 pages. Check the repository.")
@@ -211,7 +237,7 @@ class Hub:
             except (KeyError, TypeError, AttributeError):  # how huggingface_hub says that JSON is not of the kind it knows
                 raise K2Error(f"{self.endpoint}: expected the hub's answer about {name}, found JSON of another kind. Check HF_ENDPOINT.") from None
             if failures < self.patience.tries:
-                self.rest(failures, after)
+                self.rest(failures, after, reason)
         raise K2Error(f"{self.endpoint}: expected an answer about {name}, found {self.patience.tries} times: {reason}. Check the network and HF_ENDPOINT, then run the same command again.")
 
     def refusal(self, what: str, status: int) -> K2Error:
@@ -255,8 +281,8 @@ class Hub:
 
     def next_url(self, url: str, location: str) -> str:
         """Where a redirect points; only to the web, and never from encrypted to open."""
-        found = urllib.parse.urljoin(url, location)
-        if not location or not found.startswith(("https://", "http://")) or (url.startswith("https://") and not found.startswith("https://")):
+        found = joined(url, location)
+        if not location or not is_address(found) or (url.startswith("https://") and not found.startswith("https://")):
             raise K2Error(f"{url}: redirected to {found[:200]!r}; expected another https address. Check HF_ENDPOINT.")
         return found
 
@@ -304,6 +330,8 @@ class Hub:
                     chunk = chunk[: end - position]
                     position += len(chunk)
                     yield chunk
+                    if position == end:
+                        return  # a server may go on for ever
                 if position < end:
                     raise Passing(f"the connection ended at {position} of {end}")
             except (Passing, OSError, http.client.HTTPException) as error:
@@ -311,7 +339,7 @@ class Hub:
                 working = position if failures == 1 else working
                 if failures >= self.patience.tries:
                     raise K2Error(f"{what}: {failures} failures in a row, the last: {error or type(error).__name__}. What has arrived is kept: run the same command again.") from None
-                self.rest(failures, getattr(error, "after", None))
+                self.rest(failures, getattr(error, "after", None), error)
 
     def small(self, repository: Repository, name: str) -> bytes:
         """A whole small file in memory, its hash checked."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import Checkpoint, expected_tensors, read_header, read_index, reason_to_ignore
-from .config import K2Config, K2Error
+from .config import K2Config, K2Error, printable
 from .part import KINDS, Layout, Part, place_of
 from .quantization import int4_unpack
 
@@ -76,7 +76,7 @@ def summary(layout: Layout, part: Part) -> list[str]:
 def table(chosen: list[Row]) -> list[str]:
     """A line for each tensor."""
     width = max(len(row.name) for row in chosen)
-    return [f"{row.name:{width}}  {row.dtype:8} {str(row.shape):16} {row.bytes:>15,} bytes  {row.file}" for row in chosen]
+    return [f"{printable(row.name):{width}}  {row.dtype:8} {str(row.shape):16} {row.bytes:>15,} bytes  {row.file}" for row in chosen]
 
 
 def as_json(layout: Layout, chosen: list[Row]) -> str:
@@ -88,7 +88,7 @@ def as_json(layout: Layout, chosen: list[Row]) -> str:
 def statistics(checkpoint: Checkpoint, row: Row) -> str:
     """What a tensor's stored numbers are like: range, mean, spread, zeros and those that are none. Packed INT4 words are
     told apart into their integers, -8 to 7; FP8 codes are shown without their blocks' scales."""
-    flat = checkpoint.tensor(row.name.removeprefix(checkpoint.config.tensor_prefix)).flatten()
+    flat = checkpoint.stored(row.name).flatten()
     low, high, total, squares, zeros, bad, count = math.inf, -math.inf, 0.0, 0.0, 0, 0, 0
     for start in range(0, len(flat), CHUNK):
         piece = flat[start : start + CHUNK]

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import expected_tensors, reason_to_ignore
+from .checkpoint import RECORD, expected_tensors, reason_to_ignore
 from .config import K2Config, K2Error, read_json_object
 
-RECORD = "k2-download.json"  # beside the files: where they came from, their hashes, and which part of it they are
 KINDS = {  # kind: the names' part behind "model.layers.N." or, where there is no layer, the whole name
     "embedding": r"model\.embed_tokens\.",
     "attention": r"self_attn\.|input_layernorm\.",

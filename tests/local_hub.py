@@ -207,6 +207,17 @@ def short(share: float):
     return fault
 
 
+def endless(answer, name, begin, end, headers):
+    """All that was asked for, and then more and more of it."""
+    size = (answer.server.folder / name).stat().st_size
+    answer.head(206, {"Content-Range": f"bytes {begin}-{end - 1}/{size}", "Connection": "close", **headers})
+    try:
+        while not answer.server.opened.is_set():
+            answer.body(name, begin, end)
+    except OSError:
+        answer.server.arrived.set()  # the client has had enough
+
+
 def brief(answer, name, begin, end, headers):
     """The answer has less than was asked for, and says so in its length."""
     size = (answer.server.folder / name).stat().st_size

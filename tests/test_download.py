@@ -3,6 +3,7 @@
 After each run, whatever happened: nothing stands under a final name that is not the hub's own bytes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -730,3 +731,47 @@ def test_the_real_hub_gives_the_attention_block_of_layer_1(tmp_path):
     found = stored(folder)
     assert len(found) == 13 and sum(t.numel() * t.element_size() for t in found.values()) == 101_165_280
     assert k2_main(["check-layer", str(folder), "1"]) == 0
+
+
+def test_a_revision_whose_list_lacks_a_shard_is_never_called_whole(fetch, hub, tmp_path, monkeypatch, capfd):
+    tree = hub.tree
+    monkeypatch.setattr(hub, "tree", lambda: [entry for entry in tree() if entry["path"] != "model-2-of-3.safetensors"])
+    status, err = fetch()
+    assert status == 2 and "its index names model-2-of-3.safetensors" in err and "this revision is incomplete" in err
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path / "w")]) == 2
+    assert "model-2-of-3.safetensors: named by" in capfd.readouterr().out
+
+
+def test_files_of_two_commits_are_no_model(fetch, hub, tmp_path, source):
+    assert fetch()[0] == 0
+    record = json.loads((tmp_path / "w" / RECORD).read_text())
+    record["planned"]["model-3-of-3.safetensors"] = "sha256:" + "0" * 64  # as an update leaves it that was cut before this file
+    (tmp_path / "w" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(k2.K2Error, match="model-3-of-3.safetensors: of another commit than the one that was begun last"):
+        k2.load(tmp_path / "w")
+
+
+def test_a_file_that_the_next_commit_lacks_is_not_asked_for_for_ever(fetch, hub, tmp_path, monkeypatch, capfd):
+    hub.extra.append({"type": "file", "path": "NOTES.md", "size": 5, "oid": "e" * 40})
+    (hub.folder / "NOTES.md").write_bytes(b"notes")
+    hub.extra[0]["oid"] = hub.digest("NOTES.md")
+    try:
+        monkeypatch.setattr(hub, "tree", lambda tree=hub.tree: [entry for n, entry in enumerate(tree()) if entry["path"] != "NOTES.md" or n])
+        assert fetch()[0] == 0 and (tmp_path / "w" / "NOTES.md").exists()
+        (tmp_path / "w" / "NOTES.md").unlink()
+    finally:
+        (hub.folder / "NOTES.md").unlink()
+    monkeypatch.undo()
+    hub.extra.clear()
+    monkeypatch.setattr(download_weights, "Hub", lambda: Hub(hub.endpoint, patience=Patience(tries=3, first=0.001, timeout=2.0)))
+    assert fetch()[0] == 0
+    assert download_weights.main(["--verify", "--local-dir", str(tmp_path / "w")]) == 0
+
+
+def test_a_folder_that_cannot_be_locked_says_why(fetch, monkeypatch):
+    def no_locks(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("k2.download.lock_file", no_locks)
+    status, err = fetch()
+    assert status == 2 and "expected a file system with locks, found: No locks available" in err

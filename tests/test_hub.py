@@ -250,3 +250,26 @@ def test_a_repository_that_is_not_what_its_config_implies_is_refused(inspect, se
 def test_statistics_want_the_tensors(inspect):
     status, _, err = inspect(REPO, "--statistics")
     assert status == 2 and "--statistics reads the tensors" in err
+
+
+def test_an_answer_that_does_not_end_is_left_when_the_range_is_there(client, server, source):
+    server.faults[SHARD] = [local_hub.endless]
+    assert bytes_of(client, 100, 4000) == (source / SHARD).read_bytes()[100:4000]
+    assert server.arrived.wait(5), "the server still sends"
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://host/\u00e9", "http://host:port/x", "http://a b/"])
+def test_a_redirect_to_no_address_is_one_line(client, server, location):
+    server.faults[SHARD] = [local_hub.away(location)] * 9
+    with pytest.raises(k2.K2Error, match="redirected to .*expected another https address"):
+        bytes_of(client, 0, 100)
+
+
+@pytest.mark.parametrize("endpoint", ["http://host:abc", "hf-mirror.com", "ftp://host", "http://[", "http://", "http://a b"])
+def test_a_mistyped_endpoint_is_one_line_before_anything_is_asked(endpoint):
+    with pytest.raises(k2.K2Error, match="HF_ENDPOINT: expected an address such as https://huggingface.co, found"):
+        Hub(endpoint)
+
+
+def test_a_date_beyond_all_calendars_is_no_wait():
+    assert retry_after({"Retry-After": "Wed, 21 Oct 2015 07:28:00 +99999999999999999"}) is None

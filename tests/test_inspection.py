@@ -108,7 +108,7 @@ def test_an_empty_and_a_lost_tensor_have_statistics_too(saved, monkeypatch):
     checkpoint = k2.Checkpoint(saved("fp8"))
     row = inspection.rows(checkpoint, ["lm_head.weight"])[0]
     for values, words in ((torch.zeros(0), "no numbers"), (torch.full((3,), torch.nan), "3 numbers, none of them finite")):
-        monkeypatch.setattr(checkpoint, "tensor", lambda name, values=values: values)
+        monkeypatch.setattr(checkpoint, "stored", lambda name, values=values: values)
         assert inspection.statistics(checkpoint, row) == words
 
 

@@ -337,7 +337,7 @@ def run_plan(options):
             print(plan.measured_line([(plans[0], decoded()), *((planned()[1][0], decoded()) for _ in range(2))]))
         print(f"next:\n    {plan.next_command(plans[0])}")
     else:
-        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans), *plan.advice(plans)]))
+        print("\n".join([*plan.machine_lines(machine), *plan.family_lines(plans, options.context), *plan.advice(plans)]))
 
 
 def add_check_layer(commands):

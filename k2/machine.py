@@ -26,13 +26,13 @@ from .generation import decode, prefill
 from .kv_cache import LatentCache
 from .model import K2
 from .needs import in_format, needs
-from .offload import free_memory, load
+from .offload import TAKEN, free_memory, load
 from .quantization import NIBBLES
 from .router import Router
 
 @dataclass(frozen=True)
 class Machine:
-    """Free bytes of each tier, and bytes a second; 0 where there is none, or for a rate nobody needs."""
+    """Bytes that a program may take of each tier, and bytes a second; 0 where there is none, or for a rate nobody needs."""
 
     ram: int
     gpu_memory: int
@@ -47,12 +47,12 @@ SCRATCH = 2**28  # bytes written to measure a disk that holds no weights yet
 
 
 def this_machine(folder: Path, given: dict[str, float | None]) -> Machine:
-    """What is free here and how fast it is; what is given is neither looked up nor measured."""
+    """What a program may take here and how fast it is; what is given is neither looked up nor measured."""
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
     has_gpu = given["gpu_memory"] or (gpu and given["gpu_memory"] is None)
     look = {
-        "ram": free_memory,
-        "gpu_memory": lambda: torch.cuda.mem_get_info(gpu)[0] if gpu else 0,
+        "ram": lambda: int(free_memory() * TAKEN),
+        "gpu_memory": lambda: int(torch.cuda.mem_get_info(gpu)[0] * TAKEN) if gpu else 0,
         "disk": lambda: shutil.disk_usage(folder).free,
         "ram_bandwidth": ceilings.ram_bandwidth,
         "disk_bandwidth": lambda: measured_disk(folder),

@@ -126,10 +126,10 @@ def stale_buffers(config: K2Config) -> tuple[int, int]:
     return config.num_hidden_layers, config.num_hidden_layers * (config.hidden_size // config.num_attention_heads // 2) * 2
 
 
-def formats_in_memory(config: K2Config) -> tuple[str, str]:
-    """The formats that the program keeps in memory on a CPU, of the routed experts and of the rest: see resolved_dtypes."""
+def formats_in_memory(config: K2Config, device: str = "cpu") -> tuple[str, str]:
+    """The formats that the program keeps in memory, of the routed experts and of the rest: see resolved_dtypes."""
     plain, own = needs(config, "bf16"), own_format(config)
     if plain.weights * 4 > SMALL and sum(plain.rest.values()) > 4 * SMALL:  # spares K2 the list of all its tensors
         return own, own
     names = {None: own, torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: own}
-    return tuple(names[dtype] for dtype in resolved_dtypes(config, "auto", torch.device("cpu")))
+    return tuple(names[dtype] for dtype in resolved_dtypes(config, "auto", torch.device(device)))

@@ -40,6 +40,7 @@ from .model import K2
 from .quantization import NIBBLES, fp8_has_nan
 from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
 
+TAKEN = 0.9  # of the memory that is free, where the user gives no number
 SMALL = ("_scale_inv", "_shape")  # an expert's tensors that lie far from its weights in the file, and are kept once read
 AHEAD = 1  # experts that are read on a guess while a token's attention computes; that is as long as the disk then idles
 
@@ -515,9 +516,9 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
         raise K2Error("--gpu-memory: set for a model on the CPU; expected a GPU. Use --ram, or --device cuda.")
     of_experts, _ = resolved_dtypes(checkpoint.config, dtype, device)
     routed, rest = weight_bytes(checkpoint, dtype, device)
-    ram = int(free_memory() * 0.9) if ram is None else ram
+    ram = int(free_memory() * TAKEN) if ram is None else ram
     on_gpu = device.type != "cpu"
-    room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * TAKEN)
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
     make_experts = files.resident_experts

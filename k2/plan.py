@@ -16,15 +16,17 @@ is always measured on this machine's processor, unless the bandwidth they read a
 """
 
 import json
+import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import torch
 
 from .config import K2Config, K2Error
 from .machine import Machine, Speeds, measured_speeds
-from .needs import FAMILY, Needs, family_config, formats_in_memory, needs, own_format, stale_buffers
+from .needs import FAMILY, MINI, Needs, family_config, formats_in_memory, needs, own_format, stale_buffers
 
 WELL = 1.0  # tokens a second from which on this page says that a machine runs a model well
 
@@ -96,6 +98,7 @@ class Plan:
     obstacle: str
     speeds: Speeds | None
     given: bool = False  # the products read at a bandwidth given by a flag, and not at what was measured here
+    beside_gpu: bool = False  # planned for the CPU alone, as the GPU has no room for what every token reads
 
     @property
     def rate(self) -> float:
@@ -104,19 +107,31 @@ class Plan:
 
 
 def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True, given: bool = False) -> Plan:
-    """Plan a model in the format that the program would keep it in. What needs more disk than is free does not fit."""
-    found, stored = needs(config, *formats_in_memory(config)), needs(config, own_format(config))
+    """Plan a model in the format that the program would keep it in. What needs more disk than is free does not fit; what
+    has no room on the GPU is planned for the CPU."""
+    formats = formats_in_memory(config, "cuda" if machine.gpu_memory else "cpu")
+    found = needs(config, *formats)
     try:
         resident = sum(shares(found, machine, context)) >= 1
         device = torch.device("cuda" if machine.gpu_memory and torch.cuda.is_available() else "cpu")
-        speeds = measured_speeds(config, *formats_in_memory(config), resident, device) if measure else None
+        speeds = measured_speeds(config, *formats, resident, device) if measure else None
         if speeds and given:  # another machine's products are not measured here: taken to be as fast as its memory
             speeds = Speeds(dict.fromkeys(speeds.rates, float("inf")), speeds.layer)
         seconds = seconds_per_token(found, machine, speeds, context, hits)
     except K2Error as error:
+        if machine.gpu_memory:
+            return replace(plan(name, config, replace(machine, gpu_memory=0), context, hits, measure, given), beside_gpu=True)
         return Plan(name, config, found, None, str(error), None)
-    obstacle = f"disk: {machine.disk:,} bytes are free; expected {stored.disk:,}" if stored.disk > machine.disk else ""
-    return Plan(name, config, found, seconds, obstacle, speeds, given)
+    return Plan(name, config, found, seconds, obstacle_of(name, config, machine, context), speeds, given)
+
+
+def obstacle_of(name: str, config: K2Config, machine: Machine, context: int) -> str:
+    """What keeps a model that has room in memory from running: its context, or the disk for what is not there yet."""
+    if context > config.max_position_embeddings:
+        return f"context: {context:,} tokens; expected at most {config.max_position_embeddings:,}"
+    folder = MINI if FAMILY.get(name, ("", ""))[1] is None and name in FAMILY else Path(name)
+    missing = needs(config, own_format(config)).disk - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return f"disk: {machine.disk:,} bytes are free; expected {missing:,}" if missing > machine.disk else ""
 
 
 def amount(size: float) -> str:
@@ -153,7 +168,7 @@ def needs_lines(config: K2Config, context: int) -> list[str]:
 def seconds_lines(p: Plan, machine: Machine, context: int = 0) -> list[str]:
     """The formula with its numbers."""
     if not p.seconds:
-        return [f"does not fit: {p.obstacle}"]
+        return [f"{'does not fit' if p.obstacle.startswith('memory') else 'not planned'}: {p.obstacle}"]
     s, x, fixed = p.seconds, p.found, p.speeds.layer if p.speeds else 0.0
     cache = x.cache_per_token * context
     read = sum(x.rest.values()) + cache
@@ -171,6 +186,8 @@ def seconds_lines(p: Plan, machine: Machine, context: int = 0) -> list[str]:
         lines.append(f"  last    {f'of {x.chosen} experts, not at the same time':40} = {s.last:9.4f}")
     lines.append(f"  fixed   {f'{x.layers} layers x {fixed * 1e3:,.2f} ms':40} = {s.fixed:9.4f}  measured on this machine")
     lines.append(f"  rest and routed at {'the bandwidth given by a flag' if p.given else 'what the products take a second, measured on this machine'}")
+    if p.beside_gpu:
+        lines.append("  the GPU has no room for what every token reads: planned for the CPU alone, --device cpu")
     lines.append(f"planned: {s.planned:.4g} s a token, {1 / s.planned:.4g} tokens/s; the limit of its bandwidths, all tiers at once and at full rate: {s.limit:.4g} s, {1 / s.limit:.4g} tokens/s")
     return lines + ([f"but: {p.obstacle}"] if p.obstacle else [])
 
@@ -186,14 +203,14 @@ def measured_line(rounds: list[tuple[Plan, float]]) -> str:
     return f"{middle}; planned over measured, of {len(off)} rounds: {median(off):+.0%} ({off[0]:+.0%} to {off[-1]:+.0%})"
 
 
-def family_lines(plans: list[Plan]) -> list[str]:
+def family_lines(plans: list[Plan], context: int = 0) -> list[str]:
     """A line for each member: what it takes, and how fast it would be here."""
     lines = [f"{'model':16}{'weights':>11}{'active':>9}{'format':>8}{'disk GB':>10}{'at least GB':>13}{'planned tokens/s':>18}{'limit':>10}"]
     for p in plans:
-        least = sum(p.found.rest.values()) + p.found.expert
+        least = sum(p.found.rest.values()) + p.found.expert + p.found.cache_per_token * context
         speed = f"{p.rate:>18.3g}{1 / p.seconds.limit:>10.3g}" if p.seconds else f"{'-':>18}{'-':>10}"
         released = needs(p.config, own_format(p.config))
-        lines.append(f"{p.name:16}{released.weights / 1e9:>10,.4g}B{released.active / 1e9:>8,.3g}B{released.format:>8}{released.disk / 1e9:>10,.2f}{least / 1e9:>13,.2f}{speed}  {p.obstacle}")
+        lines.append(f"{p.name:16}{released.weights / 1e9:>10,.4g}B{released.active / 1e9:>8,.3g}B{released.format:>8}{released.disk / 1e9:>10,.2f}{least / 1e9:>13,.2f}{speed}  {'on the CPU  ' if p.beside_gpu and p.seconds else ''}{p.obstacle}")
     return lines
 
 
@@ -215,11 +232,14 @@ def advice(plans: list[Plan]) -> list[str]:
 
 def next_command(p: Plan) -> str:
     """What to type now to run this member, or one real attention block of a member that does not fit."""
+    device = " --device cpu" if p.beside_gpu else ""
     if p.name not in FAMILY:  # a path: there is nothing to fetch
-        return f"python -m k2 inspect {shlex.quote(p.name)}" if p.obstacle or not p.seconds else f'python -m k2 generate "def " --model {shlex.quote(p.name)}'
+        folder = Path(p.name) if os.path.isdir(p.name) else Path(p.name).parent
+        runs = p.seconds and not p.obstacle and any(folder.glob("*.safetensors"))
+        return f'python -m k2 generate "def " --model {shlex.quote(str(folder))}{device}' if runs else f"python -m k2 inspect {shlex.quote(str(folder))}"
     repository = FAMILY[p.name][1]
     if repository is None:
-        return 'python -m k2 generate "def "'
+        return f'python -m k2 generate "def "{device}'
     part = " --layers 1 --part attention" if p.obstacle or not p.seconds else ""
     return f"python download_weights.py {repository} --local-dir weights/{p.name}{part}"
 
@@ -229,8 +249,10 @@ def whole_family(machine: Machine, context: int = 0, hits: float | None = None, 
     plans: list[Plan] = []
     for name in FAMILY:
         config = family_config(name)
-        twin = next((p for p in plans if p.found == needs(config, *formats_in_memory(config))), None)
-        plans.append(Plan(name, config, twin.found, twin.seconds, twin.obstacle, twin.speeds, given) if twin else plan(name, config, machine, context, hits, given=given))
+        found = [needs(config, *formats_in_memory(config, device)) for device in ("cpu", "cuda")]
+        twin = next((p for p in plans if p.found in found), None)
+        obstacle = twin and (obstacle_of(name, config, machine, context) if twin.seconds else twin.obstacle)
+        plans.append(replace(twin, name=name, config=config, obstacle=obstacle) if twin else plan(name, config, machine, context, hits, given=given))
     return plans
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +246,49 @@ def test_a_path_is_planned_as_a_name_is(capfd, fixed_speeds, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(small_config(torch_dtype="bfloat16").to_dict()))
     status, out, _ = run(capfd, str(tmp_path), *FLAGS)
     assert status == 0 and "bf16 (released)" in out and fixed_speeds == [("fp32", True, "cpu")]
+
+
+def test_memory_is_planned_as_it_is_taken(monkeypatch):
+    from k2 import machine, offload
+
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**9)
+    found = machine.this_machine(Path("."), {"ram": None, "gpu_memory": 0, "disk": 1, "ram_bandwidth": 1.0, "disk_bandwidth": 1.0, "bus_bandwidth": None, "gpu_bandwidth": None})
+    assert found.ram == int(10**9 * offload.TAKEN) and offload.TAKEN < 1
+
+
+def test_a_gpu_without_room_leaves_the_cpu(capfd, fixed_speeds):
+    card = ["--gpu-memory", "8GB", "--bus-bandwidth", "25GB", "--gpu-bandwidth", "1TB"]
+    status, out, _ = run(capfd, "instruct", "--ram", "2TB", *card, *FLAGS[4:])
+    assert status == 0 and "planned for the CPU alone, --device cpu" in out and "does not fit" not in out
+    _, alone, _ = run(capfd, "instruct", "--ram", "2TB", *FLAGS[2:])
+    assert before_next(out).split(";")[0].split(",")[0].split()[1] == before_next(alone).split(";")[0].split(",")[0].split()[1]
+    assert next_command(plan.plan("mini", family_config("mini"), Machine(**{**vars(DESKTOP), "gpu_memory": 1, "bus_bandwidth": 1.0, "gpu_bandwidth": 1.0}), measure=False)).endswith("--device cpu")
+
+
+def test_weights_that_are_there_need_no_more_disk_and_a_config_alone_cannot_generate(tmp_path):
+    full = Machine(**{**vars(DESKTOP), "disk": 1})
+    k2.save(random_model(small_config(torch_dtype="bfloat16")), tmp_path / "c", format="fp32")
+    assert plan.plan("mini", family_config("mini"), full, measure=False).obstacle == ""
+    whole = plan.plan(str(tmp_path / "c"), family_config(str(tmp_path / "c")), full, measure=False)
+    assert whole.obstacle == "" and next_command(whole) == f'python -m k2 generate "def " --model {tmp_path / "c"}'
+    by_file = plan.plan(str(tmp_path / "c" / "config.json"), whole.config, DESKTOP, measure=False)
+    assert next_command(by_file) == f'python -m k2 generate "def " --model {tmp_path / "c"}'
+    for shard in (tmp_path / "c").glob("*.safetensors"):
+        shard.unlink()
+    assert plan.plan(str(tmp_path / "c"), whole.config, full, measure=False).obstacle.startswith("disk: 1 bytes are free")
+    assert next_command(plan.plan(str(tmp_path / "c"), whole.config, DESKTOP, measure=False)) == f"python -m k2 inspect {tmp_path / 'c'}"
+
+
+def test_a_context_longer_than_the_models_is_an_obstacle_and_the_cache_counts_in_the_family(capfd, fixed_speeds):
+    _, out, _ = run(capfd, "instruct", "--context", "10000000", "--ram", "10TB", *FLAGS[2:])
+    assert before_next(out) == "but: context: 10,000,000 tokens; expected at most 131,072"
+    _, plain, _ = run(capfd, *FLAGS)
+    _, longer, _ = run(capfd, "--context", "131072", *FLAGS)
+    least = [next(float(line.split()[5]) for line in text.splitlines() if line.startswith("instruct ")) for text in (plain, longer)]
+    assert least[1] - least[0] == pytest.approx(131072 * INSTRUCT.cache_per_token / 1e9, abs=0.02)
+
+
+def test_a_model_without_experts_is_not_planned_and_not_said_to_be_too_large(capfd, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small_config(torch_dtype="bfloat16", first_k_dense_replace=2, num_hidden_layers=2).to_dict()))
+    status, out, _ = run(capfd, str(tmp_path), *FLAGS)
+    assert status == 0 and "not planned: plan: expected a model with experts" in out and "does not fit" not in out

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
 
@@ -19,6 +20,11 @@ from .model import K2
 def row_product(x_MI, weight_OI):
     """x W^T for one row of x, (1, O), summed in float32."""
     return (weight_OI.float() * x_MI[0].float()).sum(-1)[None].to(x_MI.dtype)
+
+
+def row_logits(x_MI, weight_OI):
+    """The output head's product, widened as the head widens it: rounded first, so that ties are the same."""
+    return row_product(x_MI, weight_OI).float()
 
 
 def row_expert(x_MD, gate_FD, up_FD, down_DF):
@@ -33,6 +39,7 @@ class Compiled(nn.Module):
     def __init__(self, plain: nn.Module, function, weights):
         super().__init__()
         self.plain, self.function, self.weights = plain, function, weights
+        self.weight = weights[0]  # the model asks its head for device and dtype
 
     def forward(self, x_MI):
         if x_MI.shape[:-1].numel() > 1:
@@ -42,12 +49,14 @@ class Compiled(nn.Module):
 
 def with_compiled_products(model: K2) -> K2:
     """The model with its Linears and experts in compiled forms, as far as they are plain matrices in memory."""
-    product, expert = torch.compile(row_product), torch.compile(row_expert)
+    product, expert, logits = (torch.compile(function) for function in (row_product, row_expert, row_logits))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Expert) and all(type(m) is nn.Linear for m in child.children()):
                 weights = [m.weight for m in (child.gate_proj, child.up_proj, child.down_proj)]
                 setattr(parent, name, Compiled(child, expert, weights))
+            elif isinstance(child, OutputHead) and child.weight.dtype != torch.float64:
+                setattr(parent, name, Compiled(child, logits, [child.weight]))
             elif type(child) is nn.Linear and name != "kv_b_proj" and not isinstance(parent, (Expert, Compiled)):
                 setattr(parent, name, Compiled(child, product, [child.weight]))
     return model

@@ -45,7 +45,7 @@ def test_a_model_of_compiled_products_is_the_same_model(uncompiled):
 def test_every_expert_and_every_linear_but_kv_b_is_taken_and_quantised_ones_are_left(uncompiled, tmp_path):
     model = with_compiled_products(random_model(small_config()))
     taken = {name for name, module in model.named_modules() if isinstance(module, Compiled)}
-    assert {"model.layers.0.mlp", "model.layers.1.mlp.experts.3", "model.layers.2.mlp.shared_experts", "model.layers.1.self_attn.o_proj"} <= taken
+    assert {"model.layers.0.mlp", "model.layers.1.mlp.experts.3", "model.layers.2.mlp.shared_experts", "model.layers.1.self_attn.o_proj", "lm_head"} <= taken
     assert not any("kv_b_proj" in name for name in taken)
     save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), tmp_path / "model", format="int4")
     at_rest = with_compiled_products(k2.load(tmp_path / "model", dtype=None))

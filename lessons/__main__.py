@@ -9,6 +9,8 @@
     table          write the table in lessons/README.md again
     draw [NAME]    draw the figures again
     verify [07]    check a lesson, or all, as the tests do
+    build [DIR]    the lessons as pages (runs/site), code beside them
+    serve [PORT]   build, and show them on 127.0.0.1
 """
 
 import sys
@@ -99,7 +101,44 @@ def run_verify(number: str = "") -> int:
     return int(bool(problems))
 
 
-COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "draw": run_draw, "verify": run_verify}
+def run_build(out: str = "") -> int:
+    """Write the pages."""
+    from pathlib import Path
+
+    from . import site
+
+    folder = Path(out) if out else site.OUT
+    try:
+        pages = site.build(folder)
+    except ImportError as error:
+        print(f"error: {error.name}: expected it to be installed, found none. Run: pip install -r lessons/requirements-build.txt", file=sys.stderr)
+        return 2
+    except (site.BuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(pages)} pages; open {folder / 'index.html'}")
+    return 0
+
+
+def run_serve(port: str = "8000") -> int:
+    """Build, then show."""
+    from . import site
+
+    if not port.isdigit() or int(port) > 65535:
+        raise LookupError(f"serve: expected a port from 0 to 65535, found {port!r}")
+    if status := run_build():
+        return status
+    try:
+        site.serve(port=int(port))
+    except KeyboardInterrupt:
+        print()
+    except OSError as error:
+        print(f"error: port {port}: {error.strerror}. Name another: python -m lessons serve 8001", file=sys.stderr)
+        return 2
+    return 0
+
+
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "draw": run_draw, "verify": run_verify, "build": run_build, "serve": run_serve}
 
 
 if __name__ == "__main__":

@@ -101,14 +101,19 @@ def kind(block: Block) -> str | None:
 
 def symbol_source(text: str, symbol: str) -> str | None:
     """The dedented source of a top-level name or a method, its decorators and the comment lines inside included."""
+    lines = symbol_lines(text, symbol)
+    return textwrap.dedent("\n".join(text.split("\n")[lines[0] - 1 : lines[1]])) if lines else None
+
+
+def symbol_lines(text: str, symbol: str) -> tuple[int, int] | None:
+    """The first and the last line of a top-level name or a method, counted from 1; None where there is none."""
     scope, node = ast.parse(text).body, None
     for part in symbol.split("."):
         node = next((n for n in scope if part in defined_names(n)), None)
         if node is None:
             return None
         scope = getattr(node, "body", [])
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    return textwrap.dedent("\n".join(text.split("\n")[first - 1 : node.end_lineno]))
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]), node.end_lineno
 
 
 def defined_names(node) -> list[str]:

@@ -105,13 +105,13 @@ def first_expanded() -> int:
 
 
 def with_two_experts() -> float:
-    """Bits per byte of K2-mini with two experts a token."""
+    """Bits per byte of PROSE under K2-mini with two experts a token."""
     import copy
 
     model = copy.deepcopy(lab.mini())
     for layer in model.model.layers[1:]:
         layer.mlp.gate.top_k = 2
-    return lab.bits_per_byte(model)
+    return lab.bits_per_byte(model, lab.PROSE)
 
 
 def weight_of_a_half() -> float:
@@ -210,7 +210,7 @@ ANSWERS = {
     21: Answer(weight_of_a_half, "lessons/09_router.md", 4),
     22: Answer(idle_experts, "lessons/10_moe.md"),
     23: Answer("a", "lessons/10_moe.md"),
-    24: Answer(with_two_experts, "lessons/09_router.md", 2),
+    24: Answer(with_two_experts, "lessons/10_moe.md", 2),
     25: Answer(tensors, "lessons/12_checkpoint.md"),
     26: Answer("model.safetensors.index.json", "lessons/12_checkpoint.md", also=("index", "the index", "index.json", "model.safetensors.index")),
     27: Answer(fp8_scales, "lessons/13_quantization.md"),

@@ -2,7 +2,7 @@
 
     status         which exercises are done
     check 07       judge lessons/work/07_*.py; the first call puts it there
-    hint 07        one step further
+    hint 07        a word of help, the same each time
     solution 07    the answer
     hunt 1         what is known of the first broken model; with a module and a cause, judge them
     exam           judge lessons/work/exam.txt, the sheet of lessons/exam.md; the first call puts it there
@@ -26,7 +26,10 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         return COMMANDS[command](*rest) or 0
-    except (LookupError, TypeError) as error:
+    except LookupError as error:  # it names what there is
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+    except TypeError as error:
         print(f"error: {error}\n\n{__doc__.strip()}", file=sys.stderr)
         return 2
 
@@ -46,7 +49,7 @@ def run_check(number: str) -> int:
 
 
 def run_hint(number: str):
-    """One step further."""
+    """A word of help."""
     print(practice.module_from(practice.find(number)).HINT)
 
 

@@ -117,6 +117,16 @@ def absorbed_flops(c: K2Config, T: int, S: int) -> int:
     return 2 * (H * T * c.qk_nope_head_dim * C + H * T * S * (C + c.qk_rope_head_dim) + H * T * S * C + H * T * C * c.v_head_dim)
 
 
+def float32_angle_error(position: int) -> float:
+    """Radians by which the worst of K2's angles is off at a position if it is computed in float32, to three decimals."""
+    import torch
+
+    from k2.rope import rope_frequencies
+
+    frequencies = rope_frequencies(cfg)
+    return round((torch.tensor(position, dtype=torch.float32) * frequencies.float() - position * frequencies).abs().max().item(), 3)
+
+
 def characters() -> int:
     """Rows of the grammar's table of a character in a string."""
     from k2.grammar import CHARACTER

@@ -32,6 +32,9 @@ CASES = {  # number: the hash of a mutant's name, those of the right answers, an
 }
 
 
+TEXT = lab.PROSE[:160]  # what `symptoms` lets the models read
+
+
 def digest(*words: str) -> str:
     """A short hash of words, to compare with."""
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
@@ -82,20 +85,23 @@ class Clean(Suspect):
 
 
 @torch.inference_mode()
-def bits(suspect, chunk: int | None = None, text: str = lab.PROSE[:160]) -> float:
-    """Bits per byte of a text read at once, or `chunk` tokens a call behind a cache."""
+def bits(suspect, chunk: int | None = None, text: str = TEXT) -> float:
+    """Bits per byte of a text, the first token not counted, read at once, or `chunk` tokens a call behind a cache."""
     ids_T = lab.ids(text)
     cache = suspect.new_cache() if chunk else None
     logits_TW = torch.cat([suspect.model(part_T, cache) for part_T in ids_T[:-1].split(chunk or len(ids_T))])
     return torch.nn.functional.cross_entropy(logits_TW, ids_T[1:], reduction="sum").item() / torch.log(torch.tensor(2.0)).item() / len(text.encode())
 
 
+@torch.inference_mode()
 def symptoms(number) -> str:
     """What is known of a case before anyone has looked inside."""
-    suspect, clean, lines = Suspect(number), Clean(), []
+    suspect, clean, first_T = Suspect(number), Clean(), lab.ids(TEXT)[:1]
+    off = difference([suspect.model(first_T)], [clean.model(first_T)])
+    lines = [f"  {'the first token alone':32} its logits are {f'off by {off:.3f} of their length' if off > 1e-4 else 'right'}"]
     for name, chunk in (("all at once", None), ("16 tokens a call, with a cache", 16), ("one token a call, with a cache", 1)):
         lines.append(f"  {name:32} {bits(clean, chunk):.3f}   suspect {bits(suspect, chunk):.3f}")
-    return "\n".join([f"hunt {number}: bits per byte of a text, as it should be and as it is", *lines])
+    return "\n".join([f"hunt {number}: bits per byte of the first {len(TEXT)} characters of lab.PROSE, as it should be and as it is", *lines])
 
 
 @torch.inference_mode()
@@ -119,7 +125,8 @@ def recorded(model, call) -> dict[str, tuple[list, list]]:
 
 
 def difference(some, others) -> float:
-    """The largest relative difference of two lists of tensors, infinite where their shapes differ."""
+    """The largest relative difference of two lists of tensors, pair by pair: the length of a - b over that of b, both
+    taken over all numbers of a tensor; infinite where their shapes differ."""
     if [t.shape for t in some] != [t.shape for t in others]:
         return float("inf")
     return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in zip(some, others)) if some else 0.0

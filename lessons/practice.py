@@ -2,7 +2,7 @@
 
     stub(...)        what the reader completes; as it is, it fails the check
     check(answer)    asserts that a function does what the task asks; its messages help
-    HINT             one step further, without the answer
+    HINT             a word of help, without the answer
     solution(...)    passes the check
     WRONG            {what went wrong: (a plausible wrong answer, words that the check's message must have)}
 

@@ -75,11 +75,14 @@ def test_the_command_line_judges_and_says_what_it_does_not_know(capsys):
     assert "not the first place" in capsys.readouterr().out
     for arguments, words in ((["hunt", "4"], "no hunt 4; there are 1, 2, 3"), (["hunt", "1", "lm_head", "broken"], "no cause 'broken'"), (["hunt", "1", "head", "dropped"], "no module 'head'")):
         assert main(arguments) == 2
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
 
 
 def test_the_symptoms_are_printed_for_three_ways_of_reading(capsys, monkeypatch):
     monkeypatch.setattr(hunt.bits, "__defaults__", (None, "def read(path):\n    return"))
     assert main(["hunt", "1"]) == 0
     said = capsys.readouterr().out
-    assert said.count("suspect") == 3 and "swapped" in said
+    assert said.count("suspect") == 3 and "the first token alone" in said and "off by" in said and "swapped" in said
+    assert main(["hunt", "2"]) == 0
+    assert "its logits are right" in capsys.readouterr().out

@@ -18,7 +18,7 @@ import torch
 from ..attention import MultiHeadLatentAttention, ScaledDotProduct
 from ..model import K2
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0, and singular values end in about [0.68, 1.14]
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024; steep at 0: from above 0.01 values end in about [0.68, 1.14], from below at 1.202 at most
 CUBIC = (1.5, -0.5, 0.0)  # the textbook's: ends at 1 exactly, but five steps lift a small value 7.6 times, not 485 times
 RMS_MATCH = 0.2  # an orthogonal update has RMS 1/sqrt(max(n, m)); times this it matches AdamW's (arXiv 2502.16982)
 
@@ -32,6 +32,9 @@ def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
     polynomials commute. So the iteration runs on the small square g alone, q <- a + b g + c g g and g <- q g q, and x is
     multiplied once, by the product of all q. Singular values are squared in g, hence float32 at least: bfloat16 would
     lose the small ones. Works on stacks of matrices.
+
+    Five steps on n x m, n the shorter side, take 4 n^2 m + 34 n^3 operations; on x itself, as the textbook has it, they
+    take 20 n^2 m + 10 n^3. That is more for an oblong matrix, and less where n > 2 m / 3: for K2's o_proj by 17 %.
     """
     if gradient_OI.shape[-2] > gradient_OI.shape[-1]:
         return orthogonalized(gradient_OI.mT, steps, coefficients).mT  # the Gram matrix of the shorter side is the smaller one

@@ -3,8 +3,8 @@
 Complete `answer(raw, name)`: a nested list of Python floats, as deep as the tensor has axes, for
 
     raw      the bytes of a safetensors file: 8 bytes, the header's length as an unsigned little-endian integer; the
-             header, JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}; then the data, from whose start the
-             offsets count
+             header, JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}, in which one entry may be no tensor:
+             "__metadata__", a few strings about the file; then the data, from whose start the offsets count
     name     a tensor of dtype F32 (four bytes a number) or BF16 (two bytes, the upper half of a float32), with one or
              two axes; little-endian, the last axis runs fastest
 
@@ -39,6 +39,10 @@ def check(answer):
         first = answer(raw, "first")
     except (json.JSONDecodeError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise AssertionError(f"the header could not be read ({type(error).__name__}): its length is the first 8 bytes, the lowest first, and it begins behind them") from None
+    except KeyError as error:
+        if error.args[0] not in ("data_offsets", "dtype", "shape"):
+            raise
+        raise AssertionError(f"{type(error).__name__} {error} on the way through the header: its entry __metadata__ is no tensor and has no data_offsets; leave it out") from None
     except ValueError as error:
         raise AssertionError(f"a whole file was refused: {error}. The data begins at 8 + the header's length, and its end is the largest offset") from None
     assert isinstance(first, list), f"expected a list, found {type(first).__name__}"
@@ -60,7 +64,8 @@ def check(answer):
 
 
 HINT = """length = struct.unpack("<Q", raw[:8])[0]; the data starts at 8 + length. For BF16 put b"\\0\\0" in front of each pair
-of bytes and unpack "<f". The file's end must be the start plus the largest second offset of all tensors."""
+of bytes and unpack "<f". The file's end must be the start plus the largest second offset of all tensors (__metadata__
+is none)."""
 
 
 def solution(raw, name):
@@ -118,7 +123,16 @@ def credulous(raw, name):
     return read(raw, name, judge=False)
 
 
+def metadata_is_a_tensor(raw, name):
+    length = struct.unpack("<Q", raw[:8])[0]
+    ends = [entry["data_offsets"][1] for entry in json.loads(raw[8 : 8 + length]).values()]
+    if 8 + length + max(ends) != len(raw):
+        raise ValueError("cut")
+    return read(raw, name)
+
+
 WRONG = {
+    "__metadata__ taken for a tensor": (metadata_is_a_tensor, "is no tensor"),
     "offsets from the start of the file": (from_the_files_start, "from the end of the header"),
     "the length read with its highest byte first": (highest_byte_first, "the lowest first"),
     "BF16 as the lower half": (lower_half, "upper"),

@@ -8,7 +8,7 @@ Complete `answer(requests, slots)`: (hits, evicted) for
 
 For each list: first, the experts of it that are in memory count as hits, and as used now, in the list's order. Then each
 one that is not there is read, in the list's order, and counts as used now. If there is no free slot, the expert that was
-least recently used is evicted, but never one of the list that is being served.
+least recently used is evicted. (It is never one of the list that is being served: think why, and you need no rule for it.)
 
     hits        how many experts were found in memory, over all lists
     evicted     the experts that had to go, in order
@@ -32,18 +32,28 @@ def check(answer):
     assert found[0] == 1, f"memory holds a and b, and c and a are asked for together: a is a hit, whatever c displaces; found {found[0]} hits"
     found = answer([["a", "b", "c"], ["b"], ["d"], ["c"], ["e"]], 3)
     assert found == (2, ["a", "b"]), f"[a b c], b, d, c, e with three slots: expected (2, ['a', 'b']), found {found}"
+    found = answer([["a"], ["b"], ["c", "a"], ["d"]], 2)
+    assert found == (1, ["b", "a"]), f"a, b, [c a], d with two slots: of [c a] the hit, a, counts as used first, and c, which is read, after it; so d displaces a. You evicted {found[1]}: go through a list twice, first for its hits, then for what is missing"
     import random
 
     draw = random.Random(16)
     for _ in range(30):
         slots = draw.randint(3, 7)
         requests = [draw.sample(range(10), draw.randint(1, 3)) for _ in range(20)]
-        found, expected = answer([list(r) for r in requests], slots), solution(requests, slots)
-        assert found == expected, f"{requests} with {slots} slots: expected {expected}, found {found}"
+        for count in range(1, len(requests) + 1):
+            found, expected = answer([list(r) for r in requests[:count]], slots), solution(requests[:count], slots)
+            assert found == expected, difference(requests[:count], slots, found, expected)
+
+
+def difference(requests, slots, found, expected) -> str:
+    """What the last list of requests shows, all before it being served rightly."""
+    hits, evicted = solution(requests[:-1], slots)
+    asked = f"with {slots} slots all goes well until {requests[-1]} is asked for, behind ... {requests[-6:-1]}"
+    return f"{asked}: expected {expected[0]} hits and at last {expected[1][len(evicted) :]} evicted, found {found[0]} (after {hits}) and {found[1][len(evicted) :]}"
 
 
 HINT = """A dict keeps the order of insertion: to count an expert as used now, remove its key and put it in again. The first
-key that is not in the current list is the one to evict."""
+key is then the one to evict. Go through each list twice: first for its hits, then for what is missing."""
 
 
 def solution(requests, slots):
@@ -57,7 +67,7 @@ def solution(requests, slots):
             if e in there:
                 continue
             if len(memory) == slots:
-                oldest = next(key for key in memory if key not in asked)
+                oldest = next(iter(memory))  # the list's hits were moved behind all others, and a list fits into the slots
                 del memory[oldest]
                 evicted.append(oldest)
             memory[e] = True
@@ -116,7 +126,29 @@ def newest_goes(requests, slots):
     return hits, evicted
 
 
+def in_one_pass(requests, slots):
+    memory, hits, evicted = {}, 0, []
+    for asked in requests:
+        for e in asked:
+            if e in memory:
+                hits += 1
+                memory[e] = memory.pop(e)
+                continue
+            if len(memory) == slots:
+                oldest = next(key for key in memory if key not in asked)
+                del memory[oldest]
+                evicted.append(oldest)
+            memory[e] = True
+    return hits, evicted
+
+
+def forgets_after_ten(requests, slots):
+    return solution(requests[-10:], slots)
+
+
 WRONG = {
+    "in one pass": (in_one_pass, "go through a list twice"),
+    "only the last ten lists": (forgets_after_ten, "all goes well until"),
     "first in, first out": (first_in_first_out, "used least recently"),
     "each expert for itself": (one_by_one, "a is in use and b must go"),
     "experts in use are evicted": (nothing_held, "a is in use and b must go"),

@@ -40,6 +40,9 @@ def check(answer):
             return torch.allclose(found, other, atol=1e-7)
 
         assert not same(stepped(gradient + 0.95 * new, decay=0.0)), "the weight decay is missing: the step also takes away lr * 0.1 * weight"
+        rest = weight - 0.01 * 0.2 * max(n, m) ** 0.5 * orthogonalized(gradient + 0.95 * new) - found
+        decay = ((rest * weight).sum() / (0.01 * weight.square().sum())).item()
+        assert abs(decay - 0.1) < 1e-4 or not same(stepped(gradient + 0.95 * new, decay=decay)), f"all is right but the weight decay: your step takes away lr * {decay:.3g} * weight, expected lr * 0.1 * weight"
         assert not same(stepped(new)), "that is the momentum without Nesterov's look ahead: orthogonalise gradient + 0.95 * new momentum"
         assert not same(stepped(gradient)), "the momentum is not used: orthogonalise gradient + 0.95 * new momentum"
         assert not same(stepped(gradient + 0.95 * new, factor=1.0)), "the factor 0.2 * sqrt(max(n, m)) is missing"
@@ -93,7 +96,19 @@ def in_place(weight, gradient, momentum, lr):
     return weight - lr * (0.2 * max(weight.shape) ** 0.5 * newton_schulz(gradient + 0.95 * new) + 0.1 * weight), new
 
 
+def decay_without_the_rate(weight, gradient, momentum, lr):
+    new = 0.95 * momentum + gradient
+    return weight - lr * 0.2 * max(weight.shape) ** 0.5 * newton_schulz(gradient + 0.95 * new) - 0.1 * weight, new
+
+
+def small_decay(weight, gradient, momentum, lr):
+    new = 0.95 * momentum + gradient
+    return weight - lr * (0.2 * max(weight.shape) ** 0.5 * newton_schulz(gradient + 0.95 * new) + 0.01 * weight), new
+
+
 WRONG = {
+    "decay without the learning rate": (decay_without_the_rate, "lr * 10 * weight"),
+    "a tenth of the decay": (small_decay, "lr * 0.01 * weight"),
     "momentum without Nesterov": (no_look_ahead, "look ahead"),
     "the factor of the shorter side": (shorter_side, "longer side"),
     "decay inside of the orthogonalisation": (decay_inside, "outside"),

@@ -10,7 +10,7 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
 
 
 def data() -> dict:
-    """The gradient's singular values over their norm, and each step's, in float64."""
+    """The gradient's singular values over their norm, and what each step makes of each, in the gradient's order; float64."""
     values = torch.linalg.svdvals(lab.gradients()[NAME])
     values = values / values.norm()
     found = {}
@@ -18,7 +18,7 @@ def data() -> dict:
         s, found[name] = values, [values.tolist()]
         for _ in range(5):
             s = a * s + b * s**3 + c * s**5
-            found[name].append(s.sort(descending=True).values.tolist())
+            found[name].append(s.tolist())
     return found
 
 
@@ -30,7 +30,7 @@ def draw(data: dict, path):
         for step, values in enumerate(data[name]):
             ax.plot(range(1, len(values) + 1), values, color=shades[step], linewidth=2.2 if step in (0, 5) else 1.2, linestyle="--" if step == 0 else "-",
                     label="gradient" if step == 0 else f"{step} step{'s' if step > 1 else ''}")  # fmt: skip
-        ax.set(yscale="log", ylim=(2e-5, 2.5), xlabel="singular values, largest first", title=f"five {name} steps")
+        ax.set(yscale="log", ylim=(2e-5, 2.5), xlabel="singular values, in the gradient's order", title=f"five {name} steps")
         ax.axhline(1, color="grey", linewidth=0.6)
         ax.tick_params(labelsize=8)
     axes[1].legend(fontsize=8, loc="lower left")

@@ -41,6 +41,6 @@ def draw(data: dict, path):
                 ax.text(x + width / 2, y + height / 2, f"{part.replace(' ', chr(10))}\n{value:,.1f}", ha="center", va="center", fontsize=8, rotation=90 if width < 0.13 else 0,
                         color="white" if ORDER.index(part) in (0, 1) else "black")  # fmt: skip
         ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
-        ax.set_title(f"{name}\n{whole:,.1f} billion", fontsize=9)
+        ax.set_title(f"{name}{'*' if 'token' in name else ''}\n{whole:,.1f} billion", fontsize=9)
         ax.axis("off")
     finish(figure, data, path)

@@ -21,21 +21,21 @@ MINI = Path(__file__).parent / "mini"
 
 
 def main(arguments=None) -> int:
-    """Run one command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
+    """Run one command; 0, or 1 where it compared and found a difference, 2 for something the user can mend, 130 after Ctrl-C."""
     for standard in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
         standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
     return status_of(lambda: run_options(parsed(arguments)))
 
 
 def run_options(options):
-    """Run the command that the options name."""
-    options.run(options)
+    """Run the command that the options name; its status, or None."""
+    return options.run(options)
 
 
 def status_of(action, stopped: str = "stopped", unnamed: str = "standard output") -> int:
-    """Call it; 0, or 2 for something the user can mend, said in one line, or 130 after Ctrl-C."""
+    """Call it; the status it gives, 0 for none, or 2 for something the user can mend, said in one line, or 130 after Ctrl-C."""
     try:
-        action()
+        return action() or 0
     except K2Error as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_plan(commands)
     add_check_layer(commands)
+    add_compare(commands)
     return parser
 
 
@@ -372,6 +373,29 @@ def run_check_layer(options):
             print(layer_check.line(result), flush=True)
             found.append(result)
     layer_check.verdict(options.model, options.layer, found)
+
+
+def add_compare(commands):
+    """python -m k2 compare"""
+    sub = commands.add_parser("compare", help="the first tensor in which two variants differ", description="Run two variants on the same tokens, a prompt in two chunks and then token by token, and name "
+                              "the first tensor that differs by more than rounding. Status 0: none; 1: one.")  # fmt: skip
+    for name in "AB":
+        sub.add_argument(name.lower(), metavar=name, type=path_or_name, help="torch, numpy, transformers, stored, float32, bfloat16, float64, a checkpoint directory, or mutant:NAME of tests/mutants.py")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
+    sub.add_argument("--prompt", metavar="TEXT", help="what both read (default: three lines of Python)")
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="of torch, a directory and mutant:NAME (default: as loaded)")
+    sub.add_argument("--ram", metavar="SIZE", help="memory for the weights of these; the rest is read from disk when it is asked for")
+    sub.add_argument("--all", action="store_true", help="all tensors, not only those up to the first that differs")
+    sub.set_defaults(run=run_compare)
+
+
+def run_compare(options) -> int:
+    """Table and sentence on stdout; 1 where something differs."""
+    from . import compare
+
+    prompt = compare.PROMPT if options.prompt is None else options.prompt
+    ids = Tokenizer.from_directory(options.model).encode(prompt)
+    return compare.compare(options.a, options.b, compare.Setting(options.model, ids, options.dtype, parse_size(options.ram)), options.all)
 
 
 def add_chat(commands):

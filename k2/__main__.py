@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_check_layer(commands)
     add_compare(commands)
+    add_trace(commands)
     return parser
 
 
@@ -396,6 +397,32 @@ def run_compare(options) -> int:
     prompt = compare.PROMPT if options.prompt is None else options.prompt
     ids = Tokenizer.from_directory(options.model).encode(prompt)
     return compare.compare(options.a, options.b, compare.Setting(options.model, ids, options.dtype, parse_size(options.ram)), options.all)
+
+
+def add_trace(commands):
+    """python -m k2 trace"""
+    sub = commands.add_parser("trace", help="what every layer does to a prompt", description="Show, layer by layer, the stream's size, attention, the chosen experts, and what could be read off there.")
+    sub.add_argument("prompt", help="a text; - reads standard input")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
+    sub.add_argument("--token", type=int, metavar="N", help="which token of the prompt, from 0 (default: the last)")
+    sub.add_argument("--head", type=int, metavar="H", help="attention of this head (default: the average of all)")
+    sub.add_argument("--json", type=path_or_name, metavar="FILE", help="also write all numbers as JSON")
+    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
+    sub.add_argument("--ram", metavar="SIZE", help="memory for the weights; the rest is read from disk when it is asked for")
+    sub.set_defaults(run=run_trace, prompt_file=None)
+
+
+def run_trace(options):
+    """The page of one token on stdout, and the files."""
+    from . import trace
+
+    prompt, tokenizer = read_prompt(options), Tokenizer.from_directory(options.model)
+    model = load(options.model, pick_device(options.device), DTYPES[options.dtype], ram=parse_size(options.ram))
+    found = trace.trace(model, tokenizer, tokenizer.encode(prompt), options.head, Path(options.model).resolve().name)
+    print(trace.text(found, options.token))
+    if options.json:
+        trace.write_json(found, options.json)
 
 
 def add_chat(commands):

@@ -406,6 +406,7 @@ def add_trace(commands):
     sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
     sub.add_argument("--token", type=int, metavar="N", help="which token of the prompt, from 0 (default: the last)")
     sub.add_argument("--head", type=int, metavar="H", help="attention of this head (default: the average of all)")
+    sub.add_argument("--html", type=path_or_name, metavar="FILE", help="also write one page for a browser, with all tokens to choose from")
     sub.add_argument("--json", type=path_or_name, metavar="FILE", help="also write all numbers as JSON")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
@@ -415,7 +416,7 @@ def add_trace(commands):
 
 def run_trace(options):
     """The page of one token on stdout, and the files."""
-    from . import trace
+    from . import trace, trace_page
 
     prompt, tokenizer = read_prompt(options), Tokenizer.from_directory(options.model)
     model = load(options.model, pick_device(options.device), DTYPES[options.dtype], ram=parse_size(options.ram))
@@ -423,6 +424,8 @@ def run_trace(options):
     print(trace.text(found, options.token))
     if options.json:
         trace.write_json(found, options.json)
+    if options.html:
+        trace.write(options.html, trace_page.page(found))
 
 
 def add_chat(commands):

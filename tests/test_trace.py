@@ -262,6 +262,7 @@ def test_a_token_is_one_visible_line(i, text):
     (["a b", "--token", "-1"], "--token: found -1"),
     (["a b", "--model", "nowhere"], "nowhere"),
     (["a b", "--json", "/no/such/folder/t.json"], "/no/such/folder/t.json: could not be written"),
+    (["a b", "--html", "/no/such/folder/t.html"], "/no/such/folder/t.html: could not be written"),
     ([], "the following arguments are required: prompt"),
 ])  # fmt: skip
 def test_what_cannot_be_traced_is_one_line(capfd, arguments, words):

@@ -421,11 +421,12 @@ def run_trace(options):
     prompt, tokenizer = read_prompt(options), Tokenizer.from_directory(options.model)
     model = load(options.model, pick_device(options.device), DTYPES[options.dtype], ram=parse_size(options.ram))
     found = trace.trace(model, tokenizer, tokenizer.encode(prompt), options.head, Path(options.model).resolve().name)
-    print(trace.text(found, options.token))
+    text = trace.text(found, options.token)  # refuses a token that there is not, before a file is written
     if options.json:
         trace.write_json(found, options.json)
     if options.html:
         trace.write(options.html, trace_page.page(found))
+    print(text)
 
 
 def add_chat(commands):

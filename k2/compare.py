@@ -301,6 +301,8 @@ def sentence(found: list[Line], a: Recording, b: Recording, tokens: int) -> str:
     first = next((line for line in found if line.differs), None)
     if first is not None:
         return f"{first.name} is the first tensor that differs: {what_differs(first, a, b, tokens)}."
+    if not any(line.error for line in found):
+        return f"Nothing differs between {a.variant} and {b.variant}: {len(found)} tensors of {tokens} tokens are equal to the bit."
     worst = max(found, key=lambda line: line.error / line.allowed if line.allowed and not line.name.endswith("gate.ids") else 0.0)
     flip = next((line for line in found if line.name.endswith("gate.ids") and line.tokens), None)
     said = f"Nothing differs beyond rounding between {a.variant} and {b.variant} in {len(found)} tensors of {tokens} tokens; the nearest to its bound is {worst.name}, {worst.error:.1e} of {worst.allowed:.1e}"

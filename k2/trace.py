@@ -10,7 +10,7 @@ Nothing grows with T x S: attention is computed a block of tokens at a time and 
 head's 163,840 numbers a token live for a block only. So a prompt of thousands of tokens can be traced.
 
     T tokens · S tokens attended to · D hidden · H heads · N, R a head's plain and rotary part · C kv rank · K chosen experts
-    W vocabulary · I what is kept of each: KEYS or TOP
+    W vocabulary · M rows of a block · I what is kept of each: KEYS or TOP
 """
 
 import contextlib
@@ -133,10 +133,11 @@ def rms(x_TD):
 def readings(model: K2, x_TD):
     """The likeliest next tokens after these states, ids and probabilities (T, TOP)."""
     parts = []
-    for block_TD in x_TD.split(max(1, NUMBERS // model.config.vocab_size)):
-        shares_TW = model.lm_head(model.model.norm(block_TD)).softmax(dim=-1)
-        parts.append(shares_TW.topk(min(TOP, shares_TW.shape[-1])))
-    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+    for block_MD in x_TD.split(max(1, NUMBERS // model.config.vocab_size)):
+        shares_MW = model.lm_head(model.model.norm(block_MD)).softmax(dim=-1)
+        parts.append(shares_MW.topk(min(TOP, shares_MW.shape[-1])))
+    shares_TI, ids_TI = (torch.cat(values) for values in zip(*parts))
+    return ids_TI, shares_TI
 
 
 def note_attention(note: Notes, attention, inputs, head: int | None):
@@ -147,16 +148,22 @@ def note_attention(note: Notes, attention, inputs, head: int | None):
     c_kv_SC, k_rope_SR = cache.c_kv_MC[:S], cache.k_rope_MR[:S]
     note.shapes |= {"queries": (*q_nope_HTN.shape[:2], q_nope_HTN.shape[-1] + q_rope_HTR.shape[-1]), "cached latents": tuple(c_kv_SC.shape), "cached rotary keys": tuple(k_rope_SR.shape)}
     heads = slice(None) if head is None else slice(head, head + 1)
-    q_latent_HTC = q_nope_HTN[heads] @ attention.up_projections()[0][heads]
-    q_rope_HTR, mask_TS, parts = q_rope_HTR[heads], causal_mask(T, S, x_TD.device), []
-    step = max(1, NUMBERS // (len(q_rope_HTR) * S))
+    q_latent_HTC, q_rope_HTR = q_nope_HTN[heads] @ attention.up_projections()[0][heads], q_rope_HTR[heads]
+    mask_TS, step, parts = causal_mask(T, S, x_TD.device), max(1, NUMBERS // (len(q_rope_HTR) * S)), []
     for begin in range(0, T, step):
         rows = slice(begin, begin + step)
-        scores_HTS = q_latent_HTC[:, rows] @ c_kv_SC.mT + q_rope_HTR[:, rows] @ k_rope_SR.mT
-        wide_HTS = scores_HTS.to(torch.promote_types(scores_HTS.dtype, torch.float32)) * attention.config.softmax_scale
-        shares_TS = wide_HTS.masked_fill_(~mask_TS[rows], -torch.inf).softmax(dim=-1).mean(dim=0)
-        parts.append(shares_TS.topk(min(KEYS, S)))
-    note.now["keys"], note.now["shares"] = torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+        parts.append(most_attended(q_latent_HTC[:, rows], q_rope_HTR[:, rows], c_kv_SC, k_rope_SR, mask_TS[rows], attention.config.softmax_scale))
+    note.now["keys"], note.now["shares"] = (torch.cat(values) for values in zip(*parts))
+
+
+def most_attended(q_latent_HTC, q_rope_HTR, c_kv_SC, k_rope_SR, mask_TS, scale: float):
+    """The absorbed form's scores, and of their softmax, on average over the H heads at hand, the largest: places and shares (T, KEYS)."""
+    scores_HTS = q_latent_HTC @ c_kv_SC.mT + q_rope_HTR @ k_rope_SR.mT
+    # float32 at least, as in attention itself
+    wide_HTS = scores_HTS.to(torch.promote_types(scores_HTS.dtype, torch.float32)) * scale
+    shares_TS = wide_HTS.masked_fill(~mask_TS, -torch.inf).softmax(dim=-1).mean(dim=0)
+    shares_TI, places_TI = shares_TS.topk(min(KEYS, shares_TS.shape[-1]))
+    return places_TI, shares_TI
 
 
 def token_text(tokenizer: Tokenizer, i: int) -> str:

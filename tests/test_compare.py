@@ -264,6 +264,11 @@ def test_equal_variants_end_with_0_and_say_what_was_compared(capfd):
     assert "DIFFERS" not in out
 
 
+def test_a_variant_equals_itself_to_the_bit(capfd):
+    status, out, _ = run(capfd, "bfloat16", "bfloat16")
+    assert status == 0 and out.splitlines()[-1].endswith("tensors of 23 tokens are equal to the bit.")
+
+
 def test_a_directory_is_a_variant(capfd, tmp_path):
     model = k2.load(MINI, dtype=torch.float32)
     model.model.layers[2].self_attn.q_a_layernorm.weight.data *= 1.01

@@ -123,6 +123,14 @@ def test_no_hook_stays_behind_and_logits_are_the_same_bits(mini):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
 
 
+def test_names_tell_shapes(mini, shape_checker):
+    model, tokenizer = mini
+    with shape_checker() as wrong:
+        trace.trace(model, tokenizer, tokenizer.encode(PROMPT))
+        trace.trace(random_model(small_config(), 0), NoText(), [3, 4, 5])
+    assert not [line for line in wrong if line.startswith("trace")]
+
+
 class Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
 
@@ -266,5 +274,5 @@ def test_a_token_is_one_visible_line(i, text):
     ([], "the following arguments are required: prompt"),
 ])  # fmt: skip
 def test_what_cannot_be_traced_is_one_line(capfd, arguments, words):
-    status, _, err = run(capfd, *arguments)
-    assert status == 2 and words in err and len(err.splitlines()) == 1, err
+    status, out, err = run(capfd, *arguments)
+    assert status == 2 and out == "" and words in err and len(err.splitlines()) == 1, err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mutants import MUTANTS
-from small import YARN, random_ids, random_model, small_config
+from small import YARN, random_config, random_ids, random_model, small_config
 
 import k2
 from k2 import compare
@@ -165,8 +165,9 @@ def test_a_stale_expert_is_named_where_memory_is_short():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("variant", ["float32", "bfloat16", "float64"])
 def test_no_dtype_of_a_right_model_is_called_wrong(tmp_path, seed, variant):
-    k2.save(random_model(small_config(num_hidden_layers=5), seed), tmp_path / "c", format="bf16")
-    setting = Setting(str(tmp_path / "c"), random_ids(small_config(), TOKENS, seed=seed).tolist())
+    config = random_config(seed) if seed == 5 else small_config(num_hidden_layers=5)  # a narrow one, whose parts cancel more
+    k2.save(random_model(config, seed), tmp_path / "c", format="bf16")
+    setting = Setting(str(tmp_path / "c"), random_ids(config, TOKENS, seed=seed).tolist())
     right, found = record("numpy", setting), record(variant, setting)
     said = list(lines(right, found))
     assert not [line for line in said if line.differs], sentence(said, right, found, TOKENS)

@@ -152,7 +152,7 @@ def test_two_thousand_tokens_are_traced_without_a_square_of_scores(mini):
     with Largest() as largest:
         found = trace.trace(long, tokenizer, ids)
     squares = len(ids) ** 2 * model.config.num_attention_heads
-    assert largest.numbers < squares / 3, f"{largest.numbers:,} numbers at once; all scores of one layer are {squares:,}"
+    assert largest.numbers < squares / 6, f"{largest.numbers:,} numbers at once; all scores of one layer are {squares:,}"
     kept = sum(values.numel() for layer in found.layers for values in layer[1:] if values is not None)
     assert kept < 50 * len(ids) * len(found.layers)
 

@@ -17,7 +17,7 @@ import k2
 from k2 import trace, trace_page
 from k2.__main__ import MINI, main
 
-HOSTILE = ["</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">", "<!--", "&lt;b&gt;", "\u2028", "{{DATA}}", "https://example.org/x.png"]
+HOSTILE = ["</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">", "<!--", "&lt;b&gt;", "\u2028", "{{DATA}}", "https://example.org/x.png", "x" * 300]
 PROMPT = "import os\n\ndef read(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
@@ -102,7 +102,7 @@ def test_hostile_tokens_stay_text(small, mini):
         tags.append(parser.tags)
     assert tags[0] == tags[1] and tags[0].count("script") == 2 and "img" not in tags[0]
     assert {trace.visible(c) if len(c) == 1 else c for c in HOSTILE} <= set(in_page(text)["names"])
-    assert "<title>&lt;b&gt;{{DATA}}: a trace of 10 tokens</title>" in text
+    assert "<title>&lt;b&gt;{{DATA}}: a trace of 11 tokens</title>" in text
 
 
 def test_the_policy_knows_the_one_script(mini):
@@ -240,11 +240,12 @@ def test_one_token_or_no_experts_are_a_page_too(browser, tmp_path, ids, changes)
 def test_hostile_tokens_run_nothing(browser, small, tmp_path):
     path = tmp_path / "hostile.html"
     path.write_text(trace_page.page(small), encoding="utf-8")
-    opened(browser, path)
+    opened(browser, path, width=360)
     for n in range(len(HOSTILE)):
         browser.run(f"document.querySelectorAll('#tokens button')[{n}].click()")
     shown = browser.run("[...document.querySelectorAll('#tokens button')].map((b) => b.textContent)")
-    assert shown[:4] == HOSTILE[:4] and shown[6] == HOSTILE[6] and browser.run("document.title") == "<b>{{DATA}}: a trace of 10 tokens"
+    assert browser.run("document.documentElement.scrollWidth") <= 360 and browser.run("[...document.querySelectorAll('.scroll')].every((s) => s.scrollWidth <= s.clientWidth)")
+    assert shown[:4] == HOSTILE[:4] and shown[6] == HOSTILE[6] and browser.run("document.title") == "<b>{{DATA}}: a trace of 11 tokens"
     assert browser.run("document.querySelectorAll('img, script:not(#data)').length") == 1
     assert_quiet(browser, path)
 

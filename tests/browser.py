@@ -3,9 +3,11 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,7 +24,7 @@ class Browser:
         self.process = subprocess.Popen(["bash", "-c", command, CHROMIUM, *flags], pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(child_in)
         os.close(child_out)
-        self.reader, self.count, self.errors, self.requests, self.session = os.fdopen(self.come, "rb"), 0, [], [], None
+        self.received, self.count, self.errors, self.requests, self.session = b"", 0, [], [], None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -33,7 +35,7 @@ class Browser:
         self.process.kill()
         self.process.wait()
         os.close(self.out)
-        self.reader.close()
+        os.close(self.come)
         shutil.rmtree(self.profile, ignore_errors=True)
 
     def send(self, method: str, **parameters) -> dict:
@@ -49,10 +51,12 @@ class Browser:
 
     def receive(self) -> dict:
         """The next message; what a page did wrong is noted."""
-        raw = bytearray()
-        while (byte := self.reader.read(1)) != b"\0":
-            assert byte, "the browser ended"
-            raw += byte
+        while b"\0" not in self.received:
+            assert select.select([self.come], [], [], 60)[0], "the browser has been silent for a minute"
+            piece = os.read(self.come, 2**20)
+            assert piece, "the browser ended"
+            self.received += piece
+        raw, _, self.received = self.received.partition(b"\0")
         message = json.loads(raw)
         if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
             self.errors.append(message["params"])
@@ -64,9 +68,10 @@ class Browser:
         """Load a file, in a window of this size and this theme."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.send("Page.navigate", url=path.resolve().as_uri())
-        while self.receive().get("method") != "Page.loadEventFired":
-            pass
+        address, end = path.resolve().as_uri(), time.monotonic() + 60
+        self.send("Page.navigate", url=address)
+        while not self.run(f"location.href === {json.dumps(address)} && document.readyState === 'complete'"):
+            assert time.monotonic() < end, f"{address} does not load"
 
     def run(self, script: str):
         """The value of an expression in the page."""

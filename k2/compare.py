@@ -47,6 +47,7 @@ from .recording import FEWEST, Recording, Rows, call_names, layer_and_part, nump
 LIMITS = {"float64": LAYER_LIMITS["float64"], "float32": LAYER_LIMITS["float32"], "float16": LAYER_LIMITS["stored"] / 8, "bfloat16": LAYER_LIMITS["stored"]}
 PART = 4  # a part of a layer may cancel where the residual stream does not
 OURS = ("stored", "float32", "bfloat16", "float64")
+MUTANT = "mutant:"
 PROMPT = "def read(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
 
 
@@ -64,19 +65,27 @@ class Setting(NamedTuple):
 
 def record(variant: str, setting: Setting) -> Recording:
     """Run a variant by its name. Raises K2Error for one that there is not."""
-    kind, _, name = variant.partition(":")
+    check_variant(variant)
     if variant == "numpy":
         checkpoint = Checkpoint(setting.directory)
         return numpy_recording(variant, checkpoint.config, Weights(checkpoint), setting.ids)
     if variant == "transformers":
         return their_recording(setting)
-    if kind == "mutant":
-        return mutant_recording(variant, name, setting)
+    if variant.startswith(MUTANT):
+        return mutant_recording(variant, setting)
     if variant == "torch" or variant in OURS:
         return our_recording(variant, setting._replace(dtype=setting.dtype if variant == "torch" else variant))
-    if os.path.isdir(variant):
-        return our_recording(variant, setting._replace(directory=variant))
-    raise K2Error(f"{variant}: no such variant. Expected torch, numpy, transformers, {', '.join(OURS)}, a checkpoint directory, or mutant:NAME of tests/mutants.py.")
+    return our_recording(variant, setting._replace(directory=variant))
+
+
+def check_variant(variant: str):
+    """Raise K2Error for a name that is none, before anything is loaded."""
+    if variant.startswith(MUTANT):
+        mutant_of(variant)
+    elif variant == "transformers" and importlib.util.find_spec("transformers") is None:
+        raise K2Error("transformers: not installed. Install tests/requirements-oracles.txt, or compare with numpy.")
+    elif variant not in ("torch", "numpy", "transformers", *OURS) and not os.path.isdir(variant):
+        raise K2Error(f"{variant}: no such variant. Expected torch, numpy, transformers, {', '.join(OURS)}, a checkpoint directory, or mutant:NAME of tests/mutants.py.")
 
 
 def our_recording(variant: str, setting: Setting) -> Recording:
@@ -95,8 +104,6 @@ def our_model(setting: Setting, load):
 
 def their_recording(setting: Setting) -> Recording:
     """transformers on the same weights in float32, handed over as a file: it knows neither our FP8 nor our INT4."""
-    if importlib.util.find_spec("transformers") is None:
-        raise K2Error("transformers: not installed. Install tests/requirements-oracles.txt, or compare with numpy.")
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,13 +114,19 @@ def their_recording(setting: Setting) -> Recording:
         return transformers_recording("transformers", model, transformers.DynamicCache(), setting.ids)
 
 
-def mutant_recording(variant: str, name: str, setting: Setting) -> Recording:
-    """Our model, imported anew with a mistake in it."""
-    mutants = mutants_module()
+def mutant_of(variant: str) -> tuple:
+    """tests/mutants.py and the mistake in it that the variant names, or a K2Error that helps to find the name."""
+    mutants, name = mutants_module(), variant.removeprefix(MUTANT)
     mutant = next((m for m in mutants.MUTANTS if m.name == name), None)
     if mutant is None:
-        near = [m.name for m in mutants.MUTANTS if name.lower() in m.name.lower()]
-        raise K2Error(f"{variant}: tests/mutants.py has no mistake of this name. {'Do you mean: ' + '; '.join(near[:3]) + '?' if name and near else 'Names stand in its list MUTANTS'}.")
+        near = [m.name for m in mutants.MUTANTS if name and name.lower() in m.name.lower()]
+        raise K2Error(f"{variant}: tests/mutants.py has no mistake of this name. {'Do you mean: ' + '; '.join(near[:3]) + '?' if near else 'Names stand in its list MUTANTS.'}")
+    return mutants, mutant
+
+
+def mutant_recording(variant: str, setting: Setting) -> Recording:
+    """Our model, imported anew with a mistake in it."""
+    mutants, mutant = mutant_of(variant)
     with mutants.patched(mutant):
         package = importlib.import_module("k2")
         try:
@@ -336,6 +349,8 @@ def checked_ids(directory, ids: list[int]) -> list[int]:
 def compare(a: str, b: str, setting: Setting, everything: bool = False) -> int:
     """Run both, print table and sentence; 0 where nothing differs beyond rounding, 1 where something does."""
     checked_ids(setting.directory, setting.ids)
+    for variant in (a, b):
+        check_variant(variant)
     first, second = record(a, setting), record(b, setting)
     found = list(lines(first, second))
     print(table(found, everything))

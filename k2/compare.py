@@ -7,13 +7,14 @@
     DIR                                          our model on another checkpoint
 
 What rounding explains, as the relative L2 error of the worst row: LIMITS of the coarser dtype of the two, times the
-square root of the layers that the tensor lies behind. Float64's 1e-10 and float32's 1e-5 a layer are the house's bounds;
-bfloat16 was measured at 8.5e-3 sqrt(layers) on random models, with the routing held, and four to five times that is allowed
-(layer_check.py's "stored" limit is the same number); float16 has three bits more. That was measured on the residual
-stream. What a part of a layer says can cancel to a short vector with the errors of long ones: on sixty random models, some of them
-a few numbers wide, the worst row of a part took 3.6 times as much, and in these two dtypes four times as much is allowed (1e-5 has the room). The error of independent roundings
-that are added up layer by layer grows like that root; measured, it did up to 61 layers. The router is judged more
-sharply: it computes in float32 whatever the model does, so where its input is equal to the bit, float32 is its bound.
+square root of the layers that the tensor lies behind, since independent roundings that are added up layer by layer grow
+so; measured, they did up to 61 layers. Float64's 1e-10 and float32's 1e-5 a layer are the house's bounds. In bfloat16
+the residual stream was measured at 8.5e-3 sqrt(layers) on random models, with the routing held, and four to five times
+that is allowed (layer_check.py's "stored" limit is the same number); float16 has three bits more. A part of a layer can
+cancel to a short vector that keeps the errors of long ones: on sixty random models, some of them a few numbers wide, the
+worst row took 3.6 times the stream's bound, and in these two dtypes PART times as much is allowed (1e-5 has the room).
+The router is judged more sharply: it computes in float32 whatever the model does, so where its input is equal to the
+bit, float32 is its bound.
 
 Experts are chosen by comparing scores, so that two right programs may choose differently. A choice that differs is rounding if
 the experts' scores lie closer together than the errors of these scores, and a mistake otherwise. From such a token on the
@@ -45,7 +46,7 @@ from .offload import load
 from .recording import FEWEST, Recording, Rows, call_names, layer_and_part, numpy_recording, place, torch_recording, transformers_recording
 
 LIMITS = {"float64": LAYER_LIMITS["float64"], "float32": LAYER_LIMITS["float32"], "float16": LAYER_LIMITS["stored"] / 8, "bfloat16": LAYER_LIMITS["stored"]}
-PART = 4  # a part of a layer may cancel where the residual stream does not
+PART = 4  # what a part of a layer may be off, beside the residual stream
 OURS = ("stored", "float32", "bfloat16", "float64")
 MUTANT = "mutant:"
 PROMPT = "def read(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
@@ -318,7 +319,8 @@ def sentence(found: list[Line], a: Recording, b: Recording, tokens: int) -> str:
         return f"Nothing differs between {a.variant} and {b.variant}: {len(found)} tensors of {tokens} tokens are equal to the bit."
     worst = max(found, key=lambda line: line.error / line.allowed if line.allowed and not line.name.endswith("gate.ids") else 0.0)
     flip = next((line for line in found if line.name.endswith("gate.ids") and line.tokens), None)
-    said = f"Nothing differs beyond rounding between {a.variant} and {b.variant} in {len(found)} tensors of {tokens} tokens; the nearest to its bound is {worst.name}, {worst.error:.1e} of {worst.allowed:.1e}"
+    nearest = f"the nearest to its bound is {worst.name}, {worst.error:.1e} of {worst.allowed:.1e}"
+    said = f"Nothing differs beyond rounding between {a.variant} and {b.variant} in {len(found)} tensors of {tokens} tokens; {nearest}"
     if flip is None:
         return f"{said}."
     left = min(line.rows for line in found if line.name == "lm_head")

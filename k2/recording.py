@@ -25,9 +25,7 @@ DECODED = 3  # tokens read one by one at the end
 FEWEST = 4 + DECODED  # tokens: two chunks of at least two, since a single token takes attention's absorbed form
 
 # The parts of a layer in the order in which a token meets them; "" is the layer's own output.
-LAYER = """input_layernorm self_attn.q_a_proj self_attn.q_a_layernorm self_attn.q_b_proj self_attn.q_proj self_attn.queries
-    self_attn.kv_a_proj_with_mqa self_attn.kv_a_layernorm self_attn.rotary_key self_attn.heads self_attn.o_proj post_attention_layernorm
-    mlp.gate.scores mlp.gate.biased_scores mlp.gate.ids mlp.gate.weights mlp.experts mlp.shared_experts mlp""".split() + [""]
+LAYER = ["input_layernorm", "self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj", "self_attn.q_proj", "self_attn.queries", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm", "self_attn.rotary_key", "self_attn.heads", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate.scores", "mlp.gate.biased_scores", "mlp.gate.ids", "mlp.gate.weights", "mlp.experts", "mlp.shared_experts", "mlp"] + [""]
 HOOKED = {*LAYER, "mlp.gate", "self_attn"} - {"mlp.experts"}  # modules; experts are watched where they are fetched
 
 

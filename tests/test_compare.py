@@ -12,7 +12,6 @@ from mutants import MUTANTS
 from small import YARN, random_config, random_ids, random_model, small_config
 
 import k2
-from k2 import compare
 from k2.__main__ import MINI, main
 from k2.compare import Setting, lines, record, sentence
 from k2.recording import Recording, Rows, call_names, place

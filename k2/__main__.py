@@ -404,7 +404,7 @@ def add_trace(commands):
     sub = commands.add_parser("trace", help="what every layer does to a prompt", description="Show, layer by layer, the stream's size, attention, the chosen experts, and what could be read off there.")
     sub.add_argument("prompt", help="a text; - reads standard input")
     sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
-    sub.add_argument("--token", type=int, metavar="N", help="which token of the prompt, from 0 (default: the last)")
+    sub.add_argument("--token", type=int, metavar="N", help="which token of the prompt, from 0 (default: the last); the page opens with it")
     sub.add_argument("--head", type=int, metavar="H", help="attention of this head (default: the average of all)")
     sub.add_argument("--html", type=path_or_name, metavar="FILE", help="also write one page for a browser, with all tokens to choose from")
     sub.add_argument("--json", type=path_or_name, metavar="FILE", help="also write all numbers as JSON")
@@ -425,7 +425,7 @@ def run_trace(options):
     if options.json:
         trace.write_json(found, options.json)
     if options.html:
-        trace.write(options.html, trace_page.page(found))
+        trace.write(options.html, trace_page.page(found, options.token))
     print(text)
 
 

@@ -15,7 +15,7 @@ function unpacked(packed) {
 const ids = unpacked(data.ids), T = data.tokens, name = (n) => (data.names[n].trim() ? data.names[n] : data.names[n].replaceAll(" ", "\u2423"));
 const layers = data.layers.map((layer) => Object.fromEntries(Object.entries(layer).map(([key, value]) => [key, unpacked(value)])));
 const routed = layers.map((layer, n) => n).filter((n) => layers[n].weights);
-let token = T - 1, layer = layers.length - 1, cell = [0, 0], shaded = [];
+let token = data.start, layer = layers.length - 1, cell = [0, 0], shaded = [];
 
 function element(tag, text, attributes = {}) {
   const made = document.createElement(tag);

@@ -22,14 +22,14 @@ from .trace import LayerTrace, Trace
 HERE = Path(__file__).parent
 
 
-def page(found: Trace) -> str:
-    """The whole page."""
+def page(found: Trace, token: int | None = None) -> str:
+    """The whole page, which opens with a token chosen: the last, unless another is given."""
     script = "\n" + (HERE / "trace_page.js").read_text(encoding="utf-8")
     parts = {
         "SCRIPT_HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "TITLE": html.escape(f"{found.model}: a trace of {len(found.ids)} tokens"),
         "SCRIPT": script,
-        "DATA": embedded(data(found)),
+        "DATA": embedded(data(found) | {"start": len(found.ids) - 1 if token is None else token}),
     }
     text = (HERE / "trace_page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], text)  # one pass: nothing that was put in is looked at again

@@ -277,6 +277,7 @@ def test_a_directory_is_a_variant(capfd, tmp_path):
     assert status == 1 and out.splitlines()[-1].startswith("model.layers.2.self_attn.q_a_layernorm is the first tensor that differs: relative error 1.0e-02")
 
 
+@pytest.mark.oracle
 def test_transformers_agrees(capfd):
     pytest.importorskip("transformers", reason="needs tests/requirements-oracles.txt")
     status, out, _ = run(capfd, "torch", "transformers")

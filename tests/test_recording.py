@@ -77,6 +77,17 @@ def test_numpy_records_the_same_names_and_its_own_numbers(model, ids, ours):
         assert np.array_equal(theirs.tensors[name].values, values), name
 
 
+@pytest.mark.parametrize("changes", [{"q_lora_rank": None, "rope_scaling": None}, {"n_shared_experts": 2}, {"first_k_dense_replace": 0}])
+def test_other_members_of_the_family_are_recorded_alike(changes):
+    model = random_model(small_config(**changes), 2, torch.float64)
+    ids = random_ids(model.config, TOKENS, seed=2).tolist()
+    ours = torch_recording("torch", model, k2.LatentCache(model.config), ids)
+    theirs = numpy_recording("numpy", model.config, numpy_weights(model), ids)
+    assert ours.tensors.keys() == theirs.tensors.keys() and ("model.layers.0.self_attn.q_proj" in ours.tensors) == ("q_lora_rank" in changes)
+    for name, rows in theirs.tensors.items():
+        assert_close(ours.tensors[name].values, rows.values, 1e-10, name)
+
+
 def test_heads_lie_side_by_side(model, ids):
     tape = Tape()
     tape.keep_heads("x", torch.arange(24).reshape(2, 3, 4))  # two heads, three tokens, four numbers

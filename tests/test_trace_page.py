@@ -180,6 +180,13 @@ def test_the_keyboard_alone_reaches_tokens_layers_attention_and_experts(browser,
 
 
 @needs_browser
+def test_the_page_opens_with_the_token_that_was_asked_for(browser, tmp_path, capfd):
+    assert main(["trace", PROMPT, "--html", str(tmp_path / "t.html"), "--dtype", "float32", "--token", "4"]) == 0
+    opened(browser, tmp_path / "t.html")
+    assert browser.run(SELECTED) == "4" and browser.run("document.getElementById('chosen').textContent") == "token 4 of 0 to 25:  read"
+
+
+@needs_browser
 @pytest.mark.parametrize("token", [0, 5])
 def test_the_tables_show_the_traces_numbers(browser, page_of_mini, mini, token):
     opened(browser, page_of_mini)

@@ -15,6 +15,7 @@ head's 163,840 numbers a token live for a block only. So a prompt of thousands o
 
 import contextlib
 import json
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,10 +220,15 @@ def entry(label: str, items: list[str]) -> list[str]:
     lines = [f"  {label:11}"]
     for n, item in enumerate(items):
         piece = item + (", " if n + 1 < len(items) else "")
-        if len(lines[-1]) + len(piece.rstrip()) > COLUMNS and len(lines[-1]) > 13:
+        if columns(lines[-1]) + columns(piece.rstrip()) > COLUMNS and len(lines[-1]) > 13:
             lines.append(" " * 13)
         lines[-1] += piece
     return [line.rstrip() for line in lines]
+
+
+def columns(line: str) -> int:
+    """How wide a terminal shows it: Chinese, Japanese, Korean and emoji take two columns each."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
 
 
 def quoted(found: Trace, i: int) -> str:

@@ -248,6 +248,12 @@ def test_the_page_shows_a_tokens_figures_within_100_columns(mini, capfd):
             assert f"  experts    {int(layer['choice'][0][6, 0])} ({float(layer['choice'][1][6, 0]):.2f}), " in out
 
 
+def test_wide_characters_count_twice():
+    lines = trace.entry("reads as", [f"'世界世界' {n}%" for n in range(20)])
+    assert len(lines) == 4 and max(len(line) + line.count("世") + line.count("界") for line in lines) in range(86, 101)
+    assert trace.entry("reads as", ["x" * 200]) == ["  reads as   " + "x" * 200], "what cannot be broken stays whole"
+
+
 def test_without_a_token_it_is_the_last(capfd):
     assert run(capfd, PROMPT) == run(capfd, PROMPT, "--token", "10")
 

@@ -8,6 +8,7 @@
     chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     part, inspection, needs, machine, plan, published                                  what a checkpoint holds, and what it takes
     hub, download, layer_check                                                         the real weights: fetched, and checked
+    recording, compare, trace                                                          looking inside: two variants, and one prompt
     training/muonclip, training/corpus, training/pretraining                           making weights
 
 The names below are the public face; everything a user can do wrong raises K2Error.

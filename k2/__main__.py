@@ -21,21 +21,21 @@ MINI = Path(__file__).parent / "mini"
 
 
 def main(arguments=None) -> int:
-    """Run one command; 0, or 2 for something the user can mend, or 130 after Ctrl-C."""
+    """Run one command; 0, or 1 where it compared and found a difference, 2 for something the user can mend, 130 after Ctrl-C."""
     for standard in filter(None, (sys.stdout, sys.stderr)):  # None where the shell closed it
         standard.reconfigure(encoding="utf-8", errors="replace")  # a model's text is Unicode, whatever the locale says
     return status_of(lambda: run_options(parsed(arguments)))
 
 
 def run_options(options):
-    """Run the command that the options name."""
-    options.run(options)
+    """Run the command that the options name; its status, or None."""
+    return options.run(options)
 
 
 def status_of(action, stopped: str = "stopped", unnamed: str = "standard output") -> int:
-    """Call it; 0, or 2 for something the user can mend, said in one line, or 130 after Ctrl-C."""
+    """Call it; the status it gives, 0 for none, or 2 for something the user can mend, said in one line, or 130 after Ctrl-C."""
     try:
-        action()
+        return action() or 0
     except K2Error as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
@@ -85,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_plan(commands)
     add_check_layer(commands)
+    add_compare(commands)
+    add_trace(commands)
     return parser
 
 
@@ -367,6 +369,59 @@ def run_check_layer(options):
             print(layer_check.line(result), flush=True)
             found.append(result)
     layer_check.verdict(options.model, options.layer, found)
+
+
+def add_compare(commands):
+    """python -m k2 compare"""
+    sub = commands.add_parser("compare", help="the first tensor in which two variants differ", description="Run two variants on the same tokens, a prompt in two chunks and then token by token, and name "
+                              "the first tensor that differs by more than rounding. Status 0: none; 1: one.")  # fmt: skip
+    for name in "AB":
+        sub.add_argument(name.lower(), metavar=name, type=path_or_name, help="torch, numpy, transformers, stored, float32, bfloat16, float64, a checkpoint directory, or mutant:NAME of tests/mutants.py")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
+    sub.add_argument("--prompt", metavar="TEXT", help="what both read (default: three lines of Python)")
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="of torch, a directory and mutant:NAME (default: as loaded)")
+    sub.add_argument("--ram", metavar="SIZE", help="memory for the weights of these; the rest is read from disk when it is asked for")
+    sub.add_argument("--all", action="store_true", help="all tensors, not only those up to the first that differs")
+    sub.set_defaults(run=run_compare)
+
+
+def run_compare(options) -> int:
+    """Table and sentence on stdout; 1 where something differs."""
+    from . import compare
+
+    prompt = compare.PROMPT if options.prompt is None else options.prompt
+    ids = Tokenizer.from_directory(options.model).encode(prompt)
+    return compare.compare(options.a, options.b, compare.Setting(options.model, ids, options.dtype, parse_size(options.ram)), options.all)
+
+
+def add_trace(commands):
+    """python -m k2 trace"""
+    sub = commands.add_parser("trace", help="what every layer does to a prompt", description="Show, layer by layer, the stream's size, attention, the chosen experts, and what could be read off there.")
+    sub.add_argument("prompt", help="a text; - reads standard input")
+    sub.add_argument("--model", default=MINI, type=path_or_name, metavar="DIR", help="a checkpoint directory (default: the shipped K2-mini)")
+    sub.add_argument("--token", type=int, metavar="N", help="which token of the prompt, from 0 (default: the last); the page opens with it")
+    sub.add_argument("--head", type=int, metavar="H", help="attention of this head (default: the average of all)")
+    sub.add_argument("--html", type=path_or_name, metavar="FILE", help="also write one page for a browser, with all tokens to choose from")
+    sub.add_argument("--json", type=path_or_name, metavar="FILE", help="also write all numbers as JSON")
+    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES))
+    sub.add_argument("--ram", metavar="SIZE", help="memory for the weights; the rest is read from disk when it is asked for")
+    sub.set_defaults(run=run_trace, prompt_file=None)
+
+
+def run_trace(options):
+    """The page of one token on stdout, and the files."""
+    from . import trace, trace_page
+
+    prompt, tokenizer = read_prompt(options), Tokenizer.from_directory(options.model)
+    model = load(options.model, pick_device(options.device), DTYPES[options.dtype], ram=parse_size(options.ram))
+    found = trace.trace(model, tokenizer, tokenizer.encode(prompt), options.head, Path(options.model).resolve().name)
+    text = trace.text(found, options.token)  # refuses a token that there is not, before a file is written
+    if options.json:
+        trace.write_json(found, options.json)
+    if options.html:
+        trace.write(options.html, trace_page.page(found, options.token))
+    print(text)
 
 
 def add_chat(commands):

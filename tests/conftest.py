@@ -22,7 +22,7 @@ from k2 import config as k2_config  # noqa: E402  (the path comes first)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and one gives the same bits everywhere
 
-MODEL_PATH = {f"test_{stem}" for stem in "norm rope embedding kv_cache attention router expert moe decoder model reference quantization properties".split()}
+MODEL_PATH = {f"test_{stem}" for stem in "norm rope embedding kv_cache attention router expert moe decoder model reference quantization recording properties".split()}
 AXES = re.compile(r"_([A-Z]{1,4})$")
 LEGEND = set(re.findall(r"(?:^| )([A-Z])  ", k2_config.__doc__, re.MULTILINE))
 CONFIG_SIZES = {

@@ -235,6 +235,6 @@ def test_help_names_every_command_and_no_command_is_an_error(capfd):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     printed = capfd.readouterr().out
-    assert ended.value.code == 0 and all(word in printed for word in ("generate", "train", "evaluate", "bench", "plan", "inspect", "check-layer"))
+    assert ended.value.code == 0 and all(word in printed for word in ("generate", "train", "evaluate", "bench", "plan", "inspect", "check-layer", "compare", "trace"))
     assert main([]) == 2
     assert "the following arguments are required: COMMAND. All flags: python -m k2 --help" in capfd.readouterr().err

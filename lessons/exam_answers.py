@@ -212,7 +212,7 @@ ANSWERS = {
     23: Answer("a", "lessons/10_moe.md"),
     24: Answer(with_two_experts, "lessons/10_moe.md", 2),
     25: Answer(tensors, "lessons/12_checkpoint.md"),
-    26: Answer("model.safetensors.index.json", "lessons/12_checkpoint.md", also=("index", "the index", "index.json", "model.safetensors.index")),
+    26: Answer("model.safetensors.index.json", "lessons/12_checkpoint.md", also=("index", "the index", "model.safetensors.index")),
     27: Answer(fp8_scales, "lessons/13_quantization.md"),
     28: Answer(nibble, "lessons/13_quantization.md", 1),
     29: Answer(lambda: 4 * cfg.vocab_size * cfg.max_position_embeddings / 1e9, "lessons/11_model.md", 0, 1e9),

@@ -70,7 +70,7 @@ def test_what_cannot_be_read_is_said_to_be_so_and_sends_nobody_to_a_lesson(numbe
     assert "cannot be read" in line and "lessons/" not in line and total == "0 of 40 right, 0 not yet, 39 open, 1 not readable"
 
 
-@pytest.mark.parametrize(("number", "said"), [(1, "1026.4 million"), (1, "1026"), (4, "60 thousand"), (11, "35"), (37, "4/1"), (4, "sixty-one"), (26, "index.html")])
+@pytest.mark.parametrize(("number", "said"), [(1, "1026.4 million"), (1, "1026"), (4, "60 thousand"), (11, "35"), (37, "4/1"), (4, "sixty-one"), (26, "index.html"), (26, "index.json")])
 def test_a_wrong_answer_with_a_unit_is_wrong(number, said):
     assert "not yet" in exam_answers.judged(f"{number}: {said}\n")[0]
 

@@ -6,9 +6,13 @@ Complete `answer(clean, suspect, call)`: the name of the module in which the mis
     call              a function; call(model) runs a model on some input and returns what it gives
 
 The mistake is in the module whose inputs are the clean one's, whose output is not, and which finishes before any other
-such. A forward hook (module.register_forward_hook) sees inputs and output of each call, and must return None: what it returns
-else takes the output's place. Every module here is called once, takes tensors and gives one tensor. Names are those of named_modules(). Two tensors are the same within 1e-6. Take your
-hooks away again.
+such.
+
+A forward hook (module.register_forward_hook) sees inputs and output of each call. It must return None: anything else that
+it returns takes the output's place. Take your hooks away again.
+
+Every module here is called once, takes tensors and gives one tensor. Names are those of named_modules(). Two tensors are
+the same within 1e-6.
 """
 
 import torch

@@ -27,7 +27,7 @@ def main(arguments=None) -> int:
     return status_of(lambda: run_options(parsed(arguments)))
 
 
-def run_options(options):
+def run_options(options) -> int | None:
     """Run the command that the options name; its status, or None."""
     return options.run(options)
 
@@ -323,9 +323,8 @@ def run_plan(options):
 
     def planned():
         machine = this_machine(folder, given)
-        fast = given["gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth"] is not None
-        asked = (machine, options.context, options.hits)
-        return machine, [plan.plan(options.model, config, *asked, given=fast)] if config else plan.whole_family(*asked, fast)
+        asked, known = (machine, options.context, options.hits), frozenset(name for name, value in given.items() if value is not None)
+        return machine, [plan.plan(options.model, config, *asked, given=known)] if config else plan.whole_family(*asked, known)
 
     def decoded():
         return decode_seconds(options.model, given["ram"], torch.device("cpu"), options.decode)

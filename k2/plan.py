@@ -106,23 +106,33 @@ class Plan:
         return 1 / self.seconds.planned if self.seconds else 0.0
 
 
-def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True, given: bool = False) -> Plan:
+def plan(name: str, config: K2Config, machine: Machine, context: int = 0, hits: float | None = None, measure: bool = True, given=frozenset()) -> Plan:
     """Plan a model in the format that the program would keep it in. What needs more disk than is free does not fit; what
-    has no room on the GPU is planned for the CPU."""
+    has no room on the GPU is planned for the CPU. `given` names what of the machine was given and not measured."""
+    if machine.gpu_memory and not has_room(config, machine, context):
+        return replace(plan(name, config, replace(machine, gpu_memory=0), context, hits, measure, given), beside_gpu=True)
+    fast = ("gpu_bandwidth" if machine.gpu_memory else "ram_bandwidth") in given
     formats = formats_in_memory(config, "cuda" if machine.gpu_memory else "cpu")
     found = needs(config, *formats)
     try:
         resident = sum(shares(found, machine, context)) >= 1
         device = torch.device("cuda" if machine.gpu_memory and torch.cuda.is_available() else "cpu")
         speeds = measured_speeds(config, *formats, resident, device) if measure else None
-        if speeds and given:  # another machine's products are not measured here: taken to be as fast as its memory
+        if speeds and fast:  # another machine's products are not measured here: taken to be as fast as its memory
             speeds = Speeds(dict.fromkeys(speeds.rates, float("inf")), speeds.layer)
         seconds = seconds_per_token(found, machine, speeds, context, hits)
     except K2Error as error:
-        if machine.gpu_memory:
-            return replace(plan(name, config, replace(machine, gpu_memory=0), context, hits, measure, given), beside_gpu=True)
         return Plan(name, config, found, None, str(error), None)
-    return Plan(name, config, found, seconds, obstacle_of(name, config, machine, context), speeds, given)
+    return Plan(name, config, found, seconds, obstacle_of(name, config, machine, context), speeds, fast)
+
+
+def has_room(config: K2Config, machine: Machine, context: int) -> bool:
+    """Whether what every token reads, and one expert, fit into the GPU."""
+    try:
+        shares(needs(config, *formats_in_memory(config, "cuda")), machine, context)
+    except K2Error:
+        return False
+    return True
 
 
 def obstacle_of(name: str, config: K2Config, machine: Machine, context: int) -> str:
@@ -244,7 +254,7 @@ def next_command(p: Plan) -> str:
     return f"python download_weights.py {repository} --local-dir weights/{p.name}{part}"
 
 
-def whole_family(machine: Machine, context: int = 0, hits: float | None = None, given: bool = False) -> list[Plan]:
+def whole_family(machine: Machine, context: int = 0, hits: float | None = None, given=frozenset()) -> list[Plan]:
     """Every member planned. Members of one size and format share their measured speeds."""
     plans: list[Plan] = []
     for name in FAMILY:
@@ -258,6 +268,6 @@ def whole_family(machine: Machine, context: int = 0, hits: float | None = None, 
 
 def as_json(plans: list[Plan], machine: Machine) -> str:
     """The same numbers for programs."""
-    models = {p.name: {"needs": asdict(p.found), "seconds": asdict(p.seconds) | {"planned": p.seconds.planned} if p.seconds else None, "obstacle": p.obstacle,
+    models = {p.name: {"needs": asdict(p.found), "seconds": asdict(p.seconds) | {"planned": p.seconds.planned} if p.seconds else None, "obstacle": p.obstacle, "device": "cpu" if p.beside_gpu or not machine.gpu_memory else "cuda",
                        "formats": {f: {"disk": needs(p.config, f).disk, "memory": needs(p.config, f).memory} for f in [own_format(p.config), "bf16"]}} for p in plans}  # fmt: skip
     return json.dumps({"machine": asdict(machine), "models": models}, indent=1)

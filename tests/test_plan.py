@@ -292,3 +292,12 @@ def test_a_model_without_experts_is_not_planned_and_not_said_to_be_too_large(cap
     (tmp_path / "config.json").write_text(json.dumps(small_config(torch_dtype="bfloat16", first_k_dense_replace=2, num_hidden_layers=2).to_dict()))
     status, out, _ = run(capfd, str(tmp_path), *FLAGS)
     assert status == 0 and "not planned: plan: expected a model with experts" in out and "does not fit" not in out
+
+
+def test_without_room_on_the_gpu_its_bandwidth_says_nothing_of_the_cpus_products(capfd, fixed_speeds, monkeypatch):
+    monkeypatch.setattr(machine.ceilings, "ram_bandwidth", lambda: 50e9)
+    card = ["--gpu-memory", "8GB", "--bus-bandwidth", "25GB", "--gpu-bandwidth", "1TB", "--disk", "2TB", "--disk-bandwidth", "7GB"]
+    _, out, _ = run(capfd, "instruct", "--ram", "2TB", *card)
+    assert "at what the products take a second, measured on this machine" in out
+    _, out, _ = run(capfd, "instruct", "--ram", "2TB", *card, "--json")
+    assert json.loads(out)["models"]["instruct"]["device"] == "cpu"

@@ -139,7 +139,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 512):
+    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 256):
         """Nats; keeps the gradients of x and of the weight."""
         grad_TD, grad_WD = torch.empty_like(x_TD), torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
         nats, T = x_TD.new_zeros((), dtype=grad_WD.dtype), len(targets_T)

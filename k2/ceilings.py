@@ -123,8 +123,8 @@ def keep_freed_memory(large_too: bool = False):
     to the system, and each new tensor of that size then costs a page fault per 4 KiB: a tenth of a training step, and a
     third to a half of a product with FP8 weights. Elsewhere nothing happens.
 
-    Blocks of more than LARGE bytes still come from the system and go back to it, in pages of 2 MiB, so that they cost few
-    faults: between the small things that live on, kept large blocks leave holes that the next ones do not fit into, and a
+    Blocks of more than LARGE bytes still come from the system and go back to it, in pages of 2 MiB (k2/__init__.py asks
+    torch for them), so that they cost few faults: between the small things that live on, kept large blocks leave holes that the next ones do not fit into, and a
     prompt of 512 tokens took from 0.4 to 2.1 GB of them. `large_too` keeps these as well, for training, whose
     allocations are the same in every step.
     """

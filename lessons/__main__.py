@@ -116,8 +116,11 @@ def run_build(out: str = "") -> int:
     except ImportError as error:
         print(f"error: {error.name}: expected it to be installed, found none. Run: pip install -r lessons/requirements-build.txt", file=sys.stderr)
         return 2
-    except (site.BuildError, OSError) as error:
+    except site.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {folder}: the pages could not be written: {error.strerror}. Choose another folder.", file=sys.stderr)
         return 2
     print(f"{len(pages)} pages; open {folder / 'index.html'}")
     return 0

@@ -6,7 +6,8 @@
     solution 07    the answer
     hunt 1         what is known of the first broken model; with a module and a cause, judge them
     exam           judge lessons/work/exam.txt, the sheet of lessons/exam.md; the first call puts it there
-    table          write the table in lessons/README.md again
+    table          write the tables of the two maps again
+    agree [07]     record that a page, or each, was read beside its Chinese (07, exam, exercises, map, README)
     draw [NAME]    draw the figures again
     verify [07]    check a lesson, or all, as the tests do
     build [DIR]    the lessons as pages (runs/site), code beside them
@@ -81,9 +82,16 @@ def run_exam():
 
 
 def run_table():
-    """Write the table again."""
-    path = checker.HERE / "README.md"
-    path.write_text(checker.with_table(checker.read_text(path)), encoding="utf-8")
+    """Write the tables again."""
+    for path in checker.MAPS:
+        path.write_text(checker.with_table(path), encoding="utf-8")
+
+
+def run_agree(name: str = ""):
+    """Record that both languages say the same."""
+    from . import translation
+
+    translation.agree(name)
 
 
 def run_draw(name: str = ""):
@@ -144,7 +152,7 @@ def run_serve(port: str = "8000") -> int:
     return 0
 
 
-COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "draw": run_draw, "verify": run_verify, "build": run_build, "serve": run_serve}
+COMMANDS = {"status": run_status, "check": run_check, "hint": run_hint, "solution": run_solution, "hunt": run_hunt, "exam": run_exam, "table": run_table, "agree": run_agree, "draw": run_draw, "verify": run_verify, "build": run_build, "serve": run_serve}
 
 
 if __name__ == "__main__":

@@ -412,35 +412,40 @@ def counted(path: Path) -> dict:
     blocks, prose = split_lesson(read_text(path))
     words = len(re.sub(r"<!--.*?-->", "", " ".join(prose)).split())
     lines = sum(len(b.text.split("\n")) for b in blocks)
-    title = next(line for line in prose if line.startswith("# ")).removeprefix("# ")
     figures = sum(bool(bang) for line in prose for bang, _, _ in LINK.findall(line))
-    return {"title": title, "minutes": round(words / 160 + lines / 8 + 6), "blocks": len(blocks), "exercises": int((HERE / "exercises" / f"{path.stem}.py").is_file()), "figures": figures}
+    return {"minutes": round(words / 160 + lines / 8 + 6), "blocks": len(blocks), "exercises": int((HERE / "exercises" / f"{path.stem}.py").is_file()), "figures": figures}
 
 
 BEGIN, END = "<!-- table: made by `python -m lessons table` -->", "<!-- end of table -->"
 
 
-def table() -> str:
-    """The table of the map, from the lessons themselves."""
-    rows = ["| | lesson | minutes | code blocks | exercises | figures |", "|---|---|---|---|---|---|"]
-    for path in lessons():
-        c = counted(path)
-        rows.append(f"| {path.stem[:2]} | [{c['title']}]({path.name}) | {c['minutes']} | {c['blocks']} | {c['exercises']} | {c['figures']} |")
+MAPS = {HERE / "README.md": "| | lesson | minutes | code blocks | exercises | figures |", HERE / "zh" / "map.md": "| | 课 | 分钟 | 代码块 | 练习 | 图 |"}
+
+
+def table(path: Path) -> str:
+    """The table of a map, from the lessons that stand beside it. Minutes are those of the English text in both."""
+    rows = [MAPS[path], "|---|---|---|---|---|---|"]
+    for lesson in lessons():
+        c = counted(lesson)
+        title = next(line for line in read_text(path.parent / lesson.name).split("\n") if line.startswith("# ")).removeprefix("# ")
+        rows.append(f"| {lesson.stem[:2]} | [{title}]({lesson.name}) | {c['minutes']} | {c['blocks']} | {c['exercises']} | {c['figures']} |")
     return "\n".join([BEGIN, *rows, END])
 
 
-def with_table(text: str) -> str:
-    """The map with the table of today."""
-    before, _, rest = text.partition(BEGIN)
-    return before + table() + rest.partition(END)[2]
+def with_table(path: Path) -> str:
+    """A map with the table of today."""
+    before, _, rest = read_text(path).partition(BEGIN)
+    return before + table(path) + rest.partition(END)[2]
 
 
 def map_problems() -> list[str]:
-    """The map's table is today's, and what it names exists."""
-    path = HERE / "README.md"
-    text = read_text(path)
-    stale = [] if BEGIN in text and with_table(text) == text else [f"{path.name}: the table is not today's. Write it again: python -m lessons table"]
-    return stale + [f"{path.name}:{line}: {what}" for line, what in name_problems(split_lesson(text)[1], path, read_text)]
+    """The maps' tables are today's, and what they name exists."""
+    found = []
+    for path in MAPS:
+        text, name = read_text(path), path.relative_to(HERE)
+        found += [] if BEGIN in text and with_table(path) == text else [f"{name}: the table is not today's. Write it again: python -m lessons table"]
+        found += [f"{name}:{line}: {what}" for line, what in name_problems(split_lesson(text)[1], path, read_text)]
+    return found
 
 
 @contextlib.contextmanager

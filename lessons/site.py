@@ -15,11 +15,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from . import practice
+from . import practice, translation
 from .checker import HERE, ROOT, kind, lessons, read_text, split_lesson, symbol_lines
+from .translation import ZH, chinese_of, english_of, pages
 
 OUT = ROOT / "runs" / "site"
 MARKER = ".k2-lessons"  # in a folder that this program made, and may therefore replace
+NAMES = {"README.md": "readme.html", "lessons/zh/README.md": "zh/readme.html", "lessons/zh/map.md": "zh/index.html"}
 WORDS = {
     "en": {"map": "The map", "contents": "All lessons", "search": "Search the lessons", "theme": "Dark or light", "skip": "To the lesson", "other": "中文", "code": "The code that the lesson speaks of",
            "task": "The task", "hint": "A hint", "solution": "The solution", "lines": "lines", "next": "Next", "before": "Before", "none": "nothing found"},
@@ -57,6 +59,8 @@ def serve(out: Path = OUT, port: int = 8000):
 def page_of(source: Path) -> str:
     """Where a file of the repository is on the site: lessons as pages, everything else under code/."""
     name = source.relative_to(ROOT).as_posix()
+    if name in NAMES:
+        return NAMES[name]
     if name.startswith("lessons/") and name.endswith(".md"):
         return re.sub(r"README$", "index", name.removeprefix("lessons/").removesuffix(".md")) + ".html"
     return f"code/{name}.html"
@@ -93,8 +97,7 @@ class Site:
 
     def write(self):
         """Every page, then every file that a page links to."""
-        extra = [HERE / "README.md", *sorted((HERE / "experiments").glob("*.md"))] + [path for path in (HERE / "exam.md",) if path.exists()]
-        for path in [*extra, *lessons(), *sorted((HERE / "zh").glob("*.md"))]:
+        for path in [*pages(), *sorted((HERE / "experiments").glob("*.md")), *map(chinese_of, pages()), *translation.alone()]:
             self.lesson(path)
         for path in self.wanted:
             self.code(path)
@@ -108,7 +111,7 @@ class Site:
     def put(self, name: str, language: str, title: str, body: str, aside: str = "", around: str = ""):
         """A page in its frame."""
         root, words = "../" * name.count("/"), WORDS[language]
-        listed = "".join(f'<li><a href="{root}{self.in_language(path, language)}">{html.escape(path.stem[:2])} {html.escape(heading(path))}</a></li>' for path in lessons())
+        listed = "".join(f'<li><a href="{root}{self.in_language(path, language)}">{html.escape(path.stem[:2])} {html.escape(heading(chinese_of(path) if language == "zh" else path))}</a></li>' for path in lessons())
         page = (
             f'<!doctype html>\n<html lang="{"zh-Hans" if language == "zh" else "en"}">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{html.escape(title)}</title>\n<link rel="stylesheet" href="{root}site.css">\n<link rel="icon" href="data:,">\n</head>\n<body{" class=wide" if aside else ""} data-root="{root}" data-none="{words["none"]}">\n'
@@ -123,13 +126,12 @@ class Site:
         path.write_text(page, encoding="utf-8")
 
     def in_language(self, source: Path, language: str) -> str:
-        """The page of a lesson in a language, or in English where there is none."""
-        translated = HERE / "zh" / source.name
-        return page_of(translated if language == "zh" and translated.exists() else source)
+        """The page of a lesson in a language."""
+        return page_of(chinese_of(source) if language == "zh" else source)
 
     def lesson(self, path: Path):
         """A Markdown file as a page, with the files that it quotes beside it."""
-        name, language = page_of(path), "zh" if path.parent.name == "zh" else "en"
+        name, language = page_of(path), "zh" if path.parent == ZH else "en"
         quotes = [block.info.removeprefix("python ").split("::") for block in split_lesson(read_text(path))[0] if kind(block) == "quote"]
         body = self.rendered(path, name) + (self.exercise(path, language) if path.stem[:2].isdigit() else "")
         files = "".join(f'<pre class="file" data-file="{file}" hidden tabindex="0"><code>{highlighted(read_text(ROOT / file), file, numbered=True)}</code></pre>' for file in dict.fromkeys(file for file, _ in quotes))
@@ -144,8 +146,8 @@ class Site:
             for word, other in (("before", at - 1), ("next", at + 1)):
                 if 0 <= other < len(order):
                     links.append(f'<a href="{root}{self.in_language(HERE / order[other], language)}">{WORDS[language][word]}</a>')
-        twin = HERE / path.name if language == "zh" else HERE / "zh" / path.name
-        if twin.exists() and path.parent in (HERE, HERE / "zh"):
+        twin = english_of(path) if language == "zh" else chinese_of(path)
+        if twin.exists() and (language == "zh" or path in pages()):
             links.append(f'<a href="{root}{page_of(twin)}" lang="{"en" if language == "zh" else "zh-Hans"}">{WORDS[language]["other"]}</a>')
         return "".join(links)
 
@@ -161,7 +163,8 @@ class Site:
         if not source.exists():
             return ""
         module = practice.module_from(source)
-        parts = {"task": module.__doc__.strip(), "hint": module.HINT.strip(), "solution": practice.solution(source)}
+        task, hint = translation.exercise(source) if language == "zh" else (module.__doc__.strip(), module.HINT.strip())
+        parts = {"task": task, "hint": hint, "solution": practice.solution(source)}
         return "".join(f'<details class="exercise"><summary>{WORDS[language][part]}</summary><pre tabindex="0">{highlighted(text, "x.py") if part == "solution" else html.escape(text)}</pre></details>' for part, text in parts.items())
 
     # ---- Markdown ----

@@ -49,10 +49,11 @@ follow();
 
 // ---- search ----
 
+const language = root.lang.startsWith("zh");
 const input = document.getElementById("search"), list = document.getElementById("found");
 input.addEventListener("input", () => {
   const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const hits = words.length ? window.K2_SEARCH.filter((entry) => words.every((word) => `${entry.part} ${entry.text}`.toLowerCase().includes(word))).slice(0, 20) : [];
+  const hits = words.length ? window.K2_SEARCH.filter((entry) => entry.page.startsWith("zh/") === language && words.every((word) => `${entry.part} ${entry.text}`.toLowerCase().includes(word))).slice(0, 20) : [];
   list.replaceChildren(...hits.map((entry) => {
     const item = document.createElement("li"), link = document.createElement("a"), text = document.createElement("small");
     link.href = `${document.body.dataset.root}${entry.page}#${entry.anchor}`;

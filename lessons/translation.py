@@ -14,7 +14,7 @@ from .checker import CHECK, HERE, ROOT, lessons, name_problems, number_problems,
 
 ZH = HERE / "zh"
 AGREED = ZH / "agreed.txt"
-SOURCE = re.compile(r"\(source: [^)]*\)")
+SOURCE = re.compile(r"source: [^)）]*")
 HAN = re.compile(r"[\u4e00-\u9fff]")
 NAMED = {ROOT / "README.md": ZH / "README.md", HERE / "README.md": ZH / "map.md", practice.EXERCISES: ZH / "exercises.md"}
 
@@ -60,7 +60,7 @@ def problems(english: Path) -> list[str]:
     compared = {
         "fences": ([(b.info, b.text) for b in blocks], [(b.info, b.text) for b in theirs]),
         "checks": (CHECK.findall(text), CHECK.findall(source)),
-        "sources": (SOURCE.findall(text), SOURCE.findall(source)),
+        "sources": (SOURCE.findall(" ".join(prose)), SOURCE.findall(" ".join(original))),
         "levels of headings": ([len(h) for h in re.findall(r"^#+(?= )", text, re.MULTILINE)], [len(h) for h in re.findall(r"^#+(?= )", source, re.MULTILINE)]),
         "rows of tables": (len(re.findall(r"^\|", text, re.MULTILINE)), len(re.findall(r"^\|", source, re.MULTILINE))),
         "pictures": (len(re.findall(r"!\[", text)), len(re.findall(r"!\[", source))),

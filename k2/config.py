@@ -12,7 +12,7 @@ Every tensor in k2/ ends in its axes, one capital letter each. Any batch axes ri
     S  tokens attended to (cache and call)    H  num_attention_heads
     E  n_routed_experts                       N  qk_nope_head_dim, the part of a head without position
     K  num_experts_per_tok                    R  qk_rope_head_dim, the rotated part of a head
-    M  rows sent to experts                   A  N + R, a whole query or key head
+    M  any rows that are computed alike       A  N + R, a whole query or key head
     F  width of the feed-forward at hand      V  v_head_dim
     P  rotary pairs, R / 2                    Q  q_lora_rank
     W  vocab_size                             C  kv_lora_rank

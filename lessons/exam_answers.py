@@ -6,6 +6,7 @@ answer cannot go stale.
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +22,25 @@ SHEET = HERE / "work" / "exam.txt"
 
 SMALL_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SCALES = {"thousand": 1e3, "kb": 1e3, "million": 1e6, "millions": 1e6, "m": 1e6, "mb": 1e6,
+SCALES = {"thousand": 1e3, "kb": 1e3, "million": 1e6, "millions": 1e6, "m": 1e6, "yi": 1e8, "wan": 1e4, "mb": 1e6,
           "billion": 1e9, "billions": 1e9, "b": 1e9, "bn": 1e9, "gb": 1e9, "trillion": 1e12, "t": 1e12, "tb": 1e12}  # fmt: skip
 UNITS = set("about bits bit bytes byte per a an id ids is fold gb/s id layers layer number numbers pair pairs percent position s second scales step steps tensors times token tokens tokens/s weight weights x × %".split())
+CHINESE = {"万亿": " trillion ", "十亿": " billion ", "百万": " million ", "千": " thousand ", "亿": " yi ", "万": " wan "}
+COUNTERS = re.compile("(?:大约|左右|约|个|层|倍|字节|比特|位|对|步|张量|秒|每|权重|参数|专家|缩放因子|%)+")
+
+
+def without_chinese(text: str) -> str:
+    """An answer with Chinese digits' names as English ones, full-width signs as ASCII, and counters taken out."""
+    text = unicodedata.normalize("NFKC", text)
+    for name, english in CHINESE.items():
+        text = text.replace(name, english)
+    return COUNTERS.sub(" ", text)
 
 
 def number_in(said: str) -> tuple[float, float] | None:
     """(a number, the scale that a word behind it names, or 1), None where it cannot be read without guessing: 70,272 and
     70 272, 1026.4 billion, 35.6x, 1/4, sixty-one."""
-    text = said.lower().strip(" `()~≈=")
+    text = without_chinese(said).lower().strip(" `()~≈=。")
     text = re.sub(r"(?<=\d)[ ,_\u00a0\u202f](?=\d{3}(?!\d))", "", text)
     found = re.fullmatch(r"([a-z%= ]*?)([+-]?\d*\.?\d+(?:e[+-]?\d+)?)(?:\s*/\s*(\d+\.?\d*))?\.?(\s*[a-z%×/ ]*)", text)
     if found:
@@ -63,10 +74,10 @@ class Answer:
         """What a reader wrote, as this kind of answer: a letter, a name, or the numbers that it may stand for; None if it
         cannot be read. A bare number may count the question's unit or single things."""
         if self.kind() == "letter":
-            found = re.fullmatch(r"\(?([a-d])\)?[.:]?|\(?([a-d])[).:]\s.*", said.strip(" `").lower())
+            found = re.fullmatch(r"\(?([a-d])\)?[.:]?|\(?([a-d])[).:]\s?.*", unicodedata.normalize("NFKC", said).strip(" `。").lower())
             return found and (found[1] or found[2])
         if self.kind() == "name":
-            return said.strip(" ()`\"'").removesuffix(".").lower() or None
+            return said.strip(" ()`\"'。").removesuffix(".").lower() or None
         found = number_in(said)
         if found is None:
             return None
@@ -249,7 +260,7 @@ def empty_sheet() -> str:
 
 def read_sheet(text: str) -> dict[int, str]:
     """{question: what was written}, of the lines that have something behind the colon."""
-    found = re.findall(r"^\s*(\d+)\s*:[ \t]*(\S.*?)\s*$", text, re.MULTILINE)
+    found = re.findall(r"^\s*(\d+)\s*[:：][ \t]*(\S.*?)\s*$", text, re.MULTILINE)
     return {int(n): said for n, said in found if int(n) in ANSWERS}
 
 

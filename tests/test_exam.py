@@ -57,7 +57,7 @@ def test_the_numbers_that_no_lesson_prints_are_right_by_hand():
 
 @pytest.mark.parametrize(("number", "said"), [
     (1, "1026.4 billion"), (1, "1,026,408,232,448"), (1, "1.0264 trillion"), (1, "about 1026.41"), (11, "35.6x"), (11, "35.6 times"), (14, "117 times"), (14, "117 ×"), (37, "1/4"), (37, ".25"),
-    (4, "sixty"), (4, "60 layers"), (31, "70 272"), (31, "70,272 bytes"), (31, "70.272 KB"), (26, "index"), (26, "`model.safetensors.index.json`"), (28, "-2.5"), (29, "86 GB"), (5, "(D)"), (5, "d) the tokens"),
+    (4, "sixty"), (4, "60 layers"), (31, "70 272"), (31, "70,272 bytes"), (31, "70.272 KB"), (26, "index"), (26, "`model.safetensors.index.json`"), (28, "-2.5"), (29, "86 GB"), (5, "(D)"), (5, "（d）"), (5, "d）这些字符的 token"), (4, "60 层"), (1, "1.0264 万亿"), (1, "10264.1 亿"), (1, "约 1,026.4 十亿"), (11, "35.6 倍"), (31, "70,272 字节"), (37, "0.25。"), (25, "13.9583 万个张量"), (5, "d) the tokens"),
     (18, "165 million"), (18, "165,173,760"), (9, "0.14469"), (39, "147 456 ids"),
 ])  # fmt: skip
 def test_a_right_answer_in_a_natural_form_is_right(number, said):

@@ -8,7 +8,7 @@ Complete `answer(raw, name)`: a nested list of Python floats, as deep as the ten
     name     a tensor of dtype F32 (four bytes a number) or BF16 (two bytes, the upper half of a float32), with one or
              two axes; little-endian, the last axis runs fastest
 
-Raise ValueError if the data's end is not the file's end: the file is then cut.
+Raise ValueError if the data's end is not the file's end: the file is then damaged.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Close a document that was cut.
+r"""Close a document that was cut.
 
 Complete `answer(text)`: text is the beginning of a JSON document, cut somewhere between two characters. Return the shortest
 text that closes what is open: the string if one is, then every bracket and brace, innermost first.
 
     [1, {"a": "x        gives    "}]
     {"a]": [            gives    ]}         a bracket inside a string opens and closes nothing
-    ["say \\"           gives    \\"]       behind a lone backslash something must follow before the string can end
+    ["say \            gives    \"]        behind a lone backslash something must follow before the string can end
 
 Do not repair anything else: no missing values, no commas.
 """

@@ -2,10 +2,12 @@
 
 A token's product with a matrix reads the matrix once. The library's kernel for one row of bfloat16 leaves bandwidth
 unused, and an expert is three calls of it. Here the product is written out as multiply and sum, which the compiler fuses
-into one pass over the weights, an expert's three matrices in one function. The first tokens pay for compiling, some ten
-to thirty seconds; prompts, and weights in other formats than bfloat16 or float32, go the plain way.
+into one pass over the weights, an expert's three matrices in one function; FP8 codes are widened within that pass and
+never written out. The first tokens pay for compiling, some ten to thirty seconds; prompts and INT4, which has a kernel of
+torch's own, go the plain way.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
+    B blocks of 128 rows · G blocks of 128 columns
 """
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
+from .quantization import BLOCK, FP8CodesLinear
 
 
 def row_product(x_MI, weight_OI):
@@ -33,6 +36,24 @@ def row_expert(x_MD, gate_FD, up_FD, down_DF):
     return (down_DF.float() * (F.silu(gate_F) * up_F)).sum(-1)[None].to(x_MD.dtype)
 
 
+def fp8_row(x_I, code_OI, scale_BG):
+    """W x for float8_e4m3fn codes, float32 (O,): each block's sum is scaled, not each weight."""
+    part_OG = (code_OI.float().unflatten(-1, (-1, BLOCK)) * x_I.unflatten(0, (-1, BLOCK))).sum(-1)
+    return (part_OG * scale_BG.repeat_interleave(BLOCK, dim=0)[: len(code_OI)]).sum(-1)
+
+
+def fp8_row_product(x_MI, code_OI, scale_BG):
+    """x W^T for one row of x, (1, O)."""
+    return fp8_row(x_MI[0].float(), code_OI, scale_BG)[None].to(x_MI.dtype)
+
+
+def fp8_row_expert(x_MD, gate_FD, up_FD, down_DF, gate_BG, up_BG, down_BG):
+    """An expert's answer to one row, (1, D), from its codes and scales."""
+    x_D = x_MD[0].float()
+    h_F = F.silu(fp8_row(x_D, gate_FD, gate_BG)) * fp8_row(x_D, up_FD, up_BG)
+    return fp8_row(h_F, down_DF, down_BG)[None].to(x_MD.dtype)
+
+
 class Compiled(nn.Module):
     """A module, and a compiled function of x and some weights that stands in for it where x is one row."""
 
@@ -47,16 +68,40 @@ class Compiled(nn.Module):
         return self.function(x_MI.reshape(1, -1), *self.weights).view(*x_MI.shape[:-1], -1)
 
 
-def with_compiled_products(model: K2) -> K2:
-    """The model with its Linears and experts in compiled forms, as far as they are plain matrices in memory."""
-    product, expert, logits = (torch.compile(function) for function in (row_product, row_expert, row_logits))
+class Compiler:
+    """The compiled form of each module that has one."""
+
+    def __init__(self):
+        self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
+            torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row_product, fp8_row_expert)
+        )
+
+    def form_of(self, module: nn.Module) -> nn.Module:
+        """The module in its compiled form, or as it is where there is none."""
+        if isinstance(module, Expert):
+            parts = [module.gate_proj, module.up_proj, module.down_proj]
+            if all(type(part) is nn.Linear for part in parts):
+                return Compiled(module, self.expert, [part.weight for part in parts])
+            if all(in_whole_blocks(part) for part in parts):
+                return Compiled(module, self.fp8_expert, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
+        elif isinstance(module, OutputHead) and module.weight.dtype != torch.float64:
+            return Compiled(module, self.logits, [module.weight])
+        elif type(module) is nn.Linear:
+            return Compiled(module, self.product, [module.weight])
+        elif in_whole_blocks(module):
+            return Compiled(module, self.fp8_product, [module.weight, module.weight_scale_inv])
+        return module
+
+
+def in_whole_blocks(module: nn.Module) -> bool:
+    """Whether it is an FP8 matrix that computes from its codes and whose columns are whole blocks, as all of K2's are."""
+    return isinstance(module, FP8CodesLinear) and module.weight.shape[1] % BLOCK == 0
+
+
+def with_compiled_products(model: K2, compiler: Compiler) -> K2:
+    """The model with its matrices and experts in compiled forms, as far as they have one and lie in memory."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Expert) and all(type(m) is nn.Linear for m in child.children()):
-                weights = [m.weight for m in (child.gate_proj, child.up_proj, child.down_proj)]
-                setattr(parent, name, Compiled(child, expert, weights))
-            elif isinstance(child, OutputHead) and child.weight.dtype != torch.float64:
-                setattr(parent, name, Compiled(child, logits, [child.weight]))
-            elif type(child) is nn.Linear and name != "kv_b_proj" and not isinstance(parent, (Expert, Compiled)):
-                setattr(parent, name, Compiled(child, product, [child.weight]))
+            if name != "kv_b_proj" and not isinstance(parent, (Expert, Compiled)):
+                setattr(parent, name, compiler.form_of(child))
     return model

@@ -33,7 +33,7 @@ from torch import nn
 from . import checkpoint as files
 from .ceilings import PAGE
 from .checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors, filled_model, resolved_dtypes
-from .compiled import with_compiled_products
+from .compiled import Compiler, with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
@@ -147,15 +147,15 @@ class ExpertStore:
     With `device_memory` there is a second tier of so many bytes on `device`, where the experts then compute: an expert
     that is in RAM and not there is copied up, and stays in RAM too until it is evicted. The order of copies and of the
     products that use them is the device's own queue, so that no slot is overwritten while it is read. With `dtype` the
-    experts compute in it, else in the checkpoint's own.
+    experts compute in it, else in the checkpoint's own; a `compiler` gives them their compiled form.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2, dtype=None):
+    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2, dtype=None, compiler: Compiler | None = None):
         if not hasattr(os, "preadv"):
             raise K2Error("ram: reading experts from disk needs preadv, which this operating system lacks. Use Linux, or a model that fits into memory.")
         config = checkpoint.config
         layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.checkpoint, self.device, self.dtype, self.compiler = checkpoint, device, dtype, compiler
         self.count, size, beside = len(layers) * config.n_routed_experts, room_size(checkpoint), kernel_bytes(checkpoint, dtype, device)
         self.ram = Slots(size, ram, self.count, torch.device("cpu"), beside if device_memory is None else 0)
         self.upper = self.ram if device_memory is None else Slots(size, device_memory, self.count, device, beside)  # where experts compute
@@ -303,6 +303,7 @@ class ExpertStore:
         slot = self.upper.slot_of[key]
         if slot not in self.upper.experts:
             expert = self.expert_in(self.upper.rooms[slot], key)
+            expert = self.compiler.form_of(expert) if self.compiler else expert
             self.upper.experts[slot] = GivingWay(expert, self.upper) if self.bus else expert
         return self.upper.experts[slot]
 
@@ -521,16 +522,17 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
     room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * TAKEN)
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
-    make_experts = files.resident_experts
+    make_experts, compiler = files.resident_experts, Compiler() if compiled else None
     if experts_on == "cpu":
-        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts).visited_layer
+        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts, compiler=compiler).visited_layer
     elif routed + rest > room:
-        store = ExpertStore(checkpoint, ram, device, room - rest, dtype=of_experts) if on_gpu else ExpertStore(checkpoint, ram - rest, dtype=of_experts)
+        tiers = (ram, device, room - rest) if on_gpu else (ram - rest,)
+        store = ExpertStore(checkpoint, *tiers, dtype=of_experts, compiler=compiler)
         make_experts = store.layer
     model = filled_model(checkpoint, device, dtype, make_experts)
     model.register_forward_pre_hook(lambda *_: checkpoint.check_unchanged())
     model = model if make_experts is files.resident_experts else with_guesses(model)
-    return with_compiled_products(model) if compiled else model
+    return with_compiled_products(model, compiler) if compiled else model
 
 
 def with_guesses(model: K2) -> K2:

@@ -6,9 +6,11 @@ from small import assert_close, assert_same, numbers, random_ids, random_model, 
 from torch import nn
 
 import k2
-from k2.checkpoint import save
-from k2.compiled import Compiled, row_expert, row_product, with_compiled_products
+from k2.checkpoint import Checkpoint, save
+from k2.compiled import Compiled, Compiler, fp8_row_expert, fp8_row_product, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
+from k2.offload import store_of, weight_bytes
+from k2.quantization import FP8CodesLinear, fp8_quantize
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -36,25 +38,78 @@ def test_a_single_row_meets_the_function_and_more_rows_the_module():
 
 
 def test_a_model_of_compiled_products_is_the_same_model(uncompiled):
-    plain, model = random_model(small_config()), with_compiled_products(random_model(small_config()))
+    plain, model = random_model(small_config()), with_compiled_products(random_model(small_config()), Compiler())
     ids, caches = random_ids(plain.config, 7), [k2.LatentCache(plain.config) for _ in range(2)]
     for part in (ids, ids[:1], ids[1:2]):
         assert_close(model(part, caches[0]), plain(part, caches[1]), 1e-5, f"{len(part)} tokens")
 
 
 def test_every_expert_and_every_linear_but_kv_b_is_taken_and_quantised_ones_are_left(uncompiled, tmp_path):
-    model = with_compiled_products(random_model(small_config()))
+    model = with_compiled_products(random_model(small_config()), Compiler())
     taken = {name for name, module in model.named_modules() if isinstance(module, Compiled)}
     assert {"model.layers.0.mlp", "model.layers.1.mlp.experts.3", "model.layers.2.mlp.shared_experts", "model.layers.1.self_attn.o_proj", "lm_head"} <= taken
     assert not any("kv_b_proj" in name for name in taken)
     save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), tmp_path / "model", format="int4")
-    at_rest = with_compiled_products(k2.load(tmp_path / "model", dtype=None))
+    at_rest = k2.load(tmp_path / "model", dtype=None, compiled=True)
     assert not any(isinstance(module, Compiled) and ".experts." in name for name, module in at_rest.named_modules())
+
+
+def fp8_linear(rows: int, columns: int, seed: int) -> FP8CodesLinear:
+    """A matrix of random codes."""
+    return FP8CodesLinear(*fp8_quantize(numbers(rows, columns, seed=seed)))
+
+
+@pytest.mark.parametrize("rows", [128, 256, 200])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_written_out_fp8_products_are_the_modules(rows, dtype, limit):
+    linear, x = fp8_linear(rows, 384, 1), numbers(1, 384, dtype=dtype)
+    assert_close(fp8_row_product(x, linear.weight, linear.weight_scale_inv), linear(x), limit, "product")
+    expert = Expert(384, 128)
+    expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 384, 2), fp8_linear(128, 384, 3), fp8_linear(384, 128, 4)
+    parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
+    assert_close(fp8_row_expert(x, *(p.weight for p in parts), *(p.weight_scale_inv for p in parts)), expert(x), limit, "expert")
+
+
+def test_fp8_whose_columns_are_no_whole_blocks_goes_the_plain_way(uncompiled):
+    assert isinstance(Compiler().form_of(fp8_linear(128, 256, 1)), Compiled)
+    assert isinstance(Compiler().form_of(fp8_linear(128, 200, 1)), FP8CodesLinear)
+
+
+@pytest.mark.parametrize("format", ["fp8", "bf16"])
+def test_experts_that_come_from_a_disk_are_compiled_too_and_every_budget_gives_the_same_bits(uncompiled, tmp_path, format):
+    config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
+    save(random_model(config), tmp_path / "model", format=format)
+    ids, plain = random_ids(config, 6), k2.load(tmp_path / "model", dtype=None)
+    _, rest = weight_bytes(Checkpoint(tmp_path / "model"), None)
+    answers = []
+    for ram in (rest + 400_000, rest + 900_000, None):
+        model = k2.load(tmp_path / "model", dtype=None, ram=ram, compiled=True)
+        store = store_of(model)
+        assert (store is None) == (ram is None)
+        cache = k2.LatentCache(config)
+        answers.append(torch.cat([model(ids[:4], cache), model(ids[4:5], cache), model(ids[5:6], cache)]))
+        if store:
+            assert store.upper.experts and all(isinstance(expert, Compiled) for expert in store.upper.experts.values())
+    assert_same(answers[0], answers[1], "two budgets")
+    assert_same(answers[0], answers[2], "resident")
+    cache = k2.LatentCache(config)
+    assert_close(answers[0], torch.cat([plain(ids[:4], cache), plain(ids[4:5], cache), plain(ids[5:6], cache)]), 2e-2, "beside the plain forms")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's own imports warn
-def test_the_tokens_are_the_same():
+def test_the_tokens_from_a_disk_are_the_same(tmp_path):
+    from k2.__main__ import MINI
+
+    tokenizer = k2.Tokenizer.from_directory(MINI)
+    settings = dict(dtype=None, ram=9_000_000)
+    texts = [list(k2.generate(k2.load(MINI, compiled=compiled, **settings), tokenizer.encode("def _get_"), 48)) for compiled in (False, True)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own imports warn
+def test_the_tokens_are_are_the_same():
     from k2.__main__ import MINI
 
     tokenizer = k2.Tokenizer.from_directory(MINI)

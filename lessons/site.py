@@ -23,9 +23,9 @@ OUT = ROOT / "runs" / "site"
 MARKER = ".k2-lessons"  # in a folder that this program made, and may therefore replace
 NAMES = {"README.md": "readme.html", "lessons/zh/README.md": "zh/readme.html", "lessons/zh/map.md": "zh/index.html"}
 WORDS = {
-    "en": {"map": "The map", "contents": "All lessons", "search": "Search the lessons", "theme": "Dark or light", "skip": "To the lesson", "other": "中文", "code": "The code that the lesson speaks of",
+    "en": {"map": "The map", "project": "The project", "contents": "All lessons", "search": "Search the lessons", "theme": "Dark or light", "skip": "To the lesson", "other": "中文", "code": "The code that the lesson speaks of",
            "task": "The task", "hint": "A hint", "solution": "The solution", "lines": "lines", "next": "Next", "before": "Before", "none": "nothing found"},
-    "zh": {"map": "地图", "contents": "所有课程", "search": "搜索课程", "theme": "深色或浅色", "skip": "跳到课文", "other": "English", "code": "本课所讲的代码",
+    "zh": {"map": "地图", "project": "项目", "contents": "所有课程", "search": "搜索课程", "theme": "深色或浅色", "skip": "跳到课文", "other": "English", "code": "本课所讲的代码",
            "task": "任务", "hint": "提示", "solution": "答案", "lines": "行", "next": "下一课", "before": "上一课", "none": "没有找到"},
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ class Site:
         page = (
             f'<!doctype html>\n<html lang="{"zh-Hans" if language == "zh" else "en"}">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{html.escape(title)}</title>\n<link rel="stylesheet" href="{root}site.css">\n<link rel="icon" href="data:,">\n</head>\n<body{" class=wide" if aside else ""} data-root="{root}" data-none="{words["none"]}">\n'
-            f'<a class="skip" href="#lesson">{words["skip"]}</a>\n<header><nav aria-label="{words["contents"]}"><a href="{root}{self.in_language(HERE / "README.md", language)}">{words["map"]}</a>{around}'
+            f'<a class="skip" href="#lesson">{words["skip"]}</a>\n<header><nav aria-label="{words["contents"]}"><a href="{root}{self.in_language(HERE / "README.md", language)}">{words["map"]}</a><a href="{root}{self.in_language(ROOT / "README.md", language)}">{words["project"]}</a>{around}'
             f'<details class="contents"><summary>{words["contents"]}</summary><ol>{listed}</ol></details></nav>'
             f'<div class="tools"><label class="search"><span class="hidden">{words["search"]}</span><input type="search" id="search" placeholder="{words["search"]}" autocomplete="off"></label>'
             f'<button type="button" id="theme" aria-label="{words["theme"]}">◐</button></div><ul id="found" hidden></ul></header>\n'
@@ -147,7 +147,7 @@ class Site:
                 if 0 <= other < len(order):
                     links.append(f'<a href="{root}{self.in_language(HERE / order[other], language)}">{WORDS[language][word]}</a>')
         twin = english_of(path) if language == "zh" else chinese_of(path)
-        if twin.exists() and (language == "zh" or path in pages()):
+        if {path, twin} & set(pages()):
             links.append(f'<a href="{root}{page_of(twin)}" lang="{"en" if language == "zh" else "zh-Hans"}">{WORDS[language]["other"]}</a>')
         return "".join(links)
 

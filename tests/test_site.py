@@ -4,10 +4,11 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
-from lessons import checker
+from lessons import checker, translation
 from lessons.__main__ import main
 
 pytest.importorskip("markdown_it", reason="pip install -r lessons/requirements-build.txt")
@@ -21,7 +22,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path, self.links, self.ids, self.loads, self.quotes, self.pictures, self.language = path, [], [], [], [], [], ""
+        self.path, self.links, self.ids, self.loads, self.quotes, self.pictures, self.language, self.other = path, [], [], [], [], [], "", ""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -32,6 +33,7 @@ class Page(HTMLParser):
         self.quotes += [found] if found.get("class") == "quote" else []
         self.pictures += [found] if tag == "img" else []
         self.language = found["lang"] if tag == "html" else self.language
+        self.other = found["href"] if tag == "a" and "lang" in found else self.other
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,17 @@ def pages(built) -> dict[str, Page]:
 
 
 def test_every_lesson_of_both_languages_is_a_page(pages):
-    assert {f"{path.stem}.html" for path in checker.lessons()} | {f"zh/{path.stem}.html" for path in (checker.HERE / "zh").glob("*.md")} <= set(pages)
+    for path in translation.pages():
+        assert {site.page_of(path), site.page_of(translation.chinese_of(path))} <= set(pages)
+    assert {site.page_of(path) for path in translation.alone()} | {"index.html", "readme.html", "zh/index.html", "zh/readme.html"} <= set(pages)
     assert {page.language for name, page in pages.items() if name.startswith("zh/")} == {"zh-Hans"} and pages["index.html"].language == "en"
+
+
+def test_each_page_of_a_pair_leads_to_the_other(pages):
+    for path in translation.pages():
+        here, there = site.page_of(path), site.page_of(translation.chinese_of(path))
+        for a, b in ((here, there), (there, here)):
+            assert (pages[a].path.parent / pages[a].other).resolve() == pages[b].path.resolve(), f"{a}: the language switch leads to {pages[a].other!r}"
 
 
 def test_every_link_leads_to_a_page_and_a_place_in_it(built, pages):
@@ -61,7 +72,7 @@ def test_every_link_leads_to_a_page_and_a_place_in_it(built, pages):
             goal = (page.path.parent / file).resolve() if file else page.path
             assert goal.is_file() and goal.is_relative_to(built), f"{name}: {link}"
             if fragment:
-                assert fragment in pages[goal.relative_to(built).as_posix()].ids, f"{name}: {link}"
+                assert unquote(fragment) in pages[goal.relative_to(built).as_posix()].ids, f"{name}: {link}"
 
 
 def test_nothing_is_loaded_from_a_network_and_every_file_is_there(built, pages):
@@ -80,7 +91,7 @@ def test_a_quote_says_the_lines_that_its_symbol_has_in_the_file_beside_it(pages)
             assert 1 <= first <= last <= len(lines) and re.match(r"\s*(def|class|@|async def|[A-Za-z_]+\b.*=)", lines[first - 1]), f"{name}: {quote}"
             assert {f"{site.slug(quote['data-file'])}-{n}" for n in (first, last)} <= set(page.ids)
             seen += 1
-    texts = [*checker.lessons(), *(checker.HERE / "zh").glob("*.md")]
+    texts = [path for english in checker.lessons() for path in (english, translation.chinese_of(english))]
     assert seen == sum(checker.kind(block) == "quote" for path in texts for block in checker.split_lesson(checker.read_text(path))[0]) > 100
 
 

@@ -44,7 +44,7 @@ def copied(tmp_path, monkeypatch):
     ("zh", "## 练习\n", "练习\n", "headings"),
     ("zh", "(source: report, Table 2)", "(source: report)", "sources"),
     ("zh", "\n4. ", "\n5. ", "questions"),
-    ("zh", "99.2 %", "98.2 %", "not in the paragraph"),
+    ("zh", "99.2%", "98.2%", "not in the paragraph"),
     ("zh", "tests/test_expert.py", "tests/test_experts.py", "no such file"),
     ("zh", "## 练习\n", "## 练习\n\nThis was left in English by somebody who meant to come back.\n", "no Chinese"),
     ("en", "## Exercise\n", "## Exercise\n\nSee `k2/moe.py`. (source: report)\n", "sources"),

@@ -13,7 +13,7 @@ function unpacked(packed) {
 }
 
 const ids = unpacked(data.ids), T = data.tokens, name = (n) => (data.names[n].trim() ? data.names[n] : data.names[n].replaceAll(" ", "\u2423"));
-const layers = data.layers.map((layer) => Object.fromEntries(Object.entries(layer).map(([key, value]) => [key, unpacked(value)])));
+const layers = data.layers.map((layer) => Object.fromEntries(Object.entries(layer).map(([key, value]) => [key, key === "shapes" ? value : unpacked(value)])));
 const routed = layers.map((layer, n) => n).filter((n) => layers[n].weights);
 let token = data.start, layer = layers.length - 1, cell = [0, 0], shaded = [];
 
@@ -92,6 +92,8 @@ function showLayers() {
       if (n === layer) row.setAttribute("aria-current", "true");
       return row;
     }));
+  const shapes = Object.entries(layers[layer].shapes).map(([what, sizes]) => `${what} ${sizes.join(" × ")}`);
+  at("shapes").textContent = `Shapes in layer ${layer}: ${shapes.join(", ")}.`;
 }
 
 // ---- attention ----

@@ -51,7 +51,7 @@ def data(found: Trace) -> dict:
     layers = []
     for layer in found.layers:
         packed_of = {name: packed(getattr(layer, name), name) for name in LayerTrace._fields[1:]}
-        layers.append(packed_of | {"top_ids": packed(places(layer.top_ids), "top_ids")})
+        layers.append(packed_of | {"top_ids": packed(places(layer.top_ids), "top_ids"), "shapes": layer.shapes})
     return {"model": found.model, "head": found.head, "heads": found.heads, "experts": found.experts, "tokens": len(found.ids),
             "names": list(found.names.values()), "ids": packed(places(torch.tensor(found.ids)[:, None]), "ids"), "layers": layers}  # fmt: skip
 

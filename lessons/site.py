@@ -20,6 +20,7 @@ from .checker import HERE, ROOT, kind, lessons, read_text, split_lesson, symbol_
 from .translation import ZH, chinese_of, english_of, pages
 
 OUT = ROOT / "runs" / "site"
+WIDE = re.compile("[\u2018-\u201d\u2026\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")  # Chinese characters and punctuation
 MARKER = ".k2-lessons"  # in a folder that this program made, and may therefore replace
 NAMES = {"README.md": "readme.html", "lessons/zh/README.md": "zh/readme.html", "lessons/zh/map.md": "zh/index.html"}
 WORDS = {
@@ -183,9 +184,10 @@ class Site:
                 self.index.append({"page": name, "title": title, "part": seen, "anchor": anchor(seen), "text": plain_text(token)})
                 for child in token.children or []:
                     self.relink(child, path, name)
+                join_chinese(token.children or [])
             elif token.type == "fence":
                 token.type, token.content = "html_block", self.fence(token.info.strip(), token.content)
-        out = markdown.renderer.render(tokens, markdown.options, {})
+        out = markdown.renderer.render(tokens, markdown.options, {}).replace("<th></th>", "<td></td>")
         return out.replace("<table>", '<div class="table" tabindex="0"><table>').replace("</table>", "</table></div>")
 
     def relink(self, token, path: Path, name: str):
@@ -215,13 +217,20 @@ class Site:
         file, symbol = quote.groups()
         first, last = symbol_lines(read_text(ROOT / file), symbol)
         lines = f'data-file="{file}" data-first="{first}" data-last="{last}"'
-        return f'<figure class="quote" {lines} tabindex="0"><figcaption>{file} · {symbol}</figcaption><pre><code>{highlighted(text, "x.py")}</code></pre></figure>\n'
+        return f'<figure class="quote" {lines}><figcaption>{file} · {symbol}</figcaption><pre tabindex="0"><code>{highlighted(text, "x.py")}</code></pre></figure>\n'
 
 
 def without_comments(text: str) -> str:
     """Markdown without its HTML comments, as checks are, but for those inside of fences."""
     parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else re.sub(r" ?<!--.*?-->", "", part, flags=re.DOTALL) for part in parts)
+
+
+def join_chinese(tokens: list):
+    """Take out the line breaks that a browser would show as spaces between two Chinese characters."""
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:]):
+        if token.type == "softbreak" and WIDE.search(before.content[-1:]) and WIDE.search(after.content[:1]):
+            token.type = "text"  # of no content
 
 
 def plain_text(token) -> str:

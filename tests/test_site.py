@@ -154,6 +154,26 @@ def test_every_page_is_without_fault_in_a_browser(browser, built, pages, width, 
     page.close()
 
 
+def test_an_accessibility_check_finds_no_fault(browser, built, pages):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    page = browser.new_page(viewport={"width": 1500, "height": 900})
+    kinds = ["index", "readme", "exam", "06_attention", "13_quantization", "18_muonclip"]  # the others are made of the same parts
+    chosen = [f"{folder}{kind}.html" for folder in ("", "zh/") for kind in kinds] + ["zh/glossary.html", "zh/exercises.html", "experiments/index.html", "code/k2/router.py.html"]
+    for name in chosen:
+        page.goto((built / name).as_uri())
+        found = axe.run(page, options={"rules": {"color-contrast": {"enabled": False}}}).response["violations"]  # seen to above, in both themes
+        assert not found, f"{name}: {[(fault['id'], fault['nodes'][0]['html'][:200]) for fault in found]}"
+    page.close()
+
+
+def test_chinese_lines_are_joined_without_a_space_and_stressed_without_a_slant(browser, built):
+    page = browser.new_page()
+    page.goto((built / "zh" / "06_attention.html").as_uri())
+    assert not re.search(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef] [\u4e00-\u9fff]", page.inner_text("main p >> nth=1"))
+    assert page.evaluate("getComputedStyle(document.querySelector('main em')).fontStyle") == "normal"
+    page.close()
+
+
 def test_the_quoted_lines_are_in_view_beside_their_sentence(browser, built, pages):
     page = browser.new_page(viewport={"width": 1500, "height": 900})
     for name in ("09_router.html", "10_moe.html", "zh/23_chat.html"):

@@ -198,6 +198,8 @@ def test_the_tables_show_the_traces_numbers(browser, page_of_mini, mini, token):
         assert all(f"{float(f'{value:.3g}'):g}" in layers for value in layer.rms[token].tolist())
         assert f"{100 * layer.top_shares[token, 0]:.1f}%" in layers
     last = mini.layers[-1]
+    shapes = browser.run("document.getElementById('shapes').textContent")
+    assert all(f"{what} {' × '.join(map(str, sizes))}" in shapes for what, sizes in last.shapes.items()) and len(last.shapes) == 5
     expected = [(key, share) for key, share in zip(last.keys[token].tolist(), last.shares[token].tolist()) if round(share * 65535)]
     assert [row.split()[0] for row in attention] == [str(key) for key, _ in expected]
     assert all(abs(float(row.split()[1].rstrip("%")) - 100 * share) < 0.051 for row, (_, share) in zip(attention, expected))

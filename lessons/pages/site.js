@@ -44,7 +44,7 @@ function follow() {
 }
 addEventListener("scroll", () => requestAnimationFrame(follow), { passive: true });
 addEventListener("resize", follow);
-quotes.forEach((quote) => quote.addEventListener("focus", () => show(quote)));
+quotes.forEach((quote) => quote.addEventListener("focusin", () => show(quote)));
 follow();
 
 // ---- search ----

@@ -598,6 +598,7 @@ def add_bench(commands):
     sub.add_argument("--context", type=int, nargs="+", metavar="N", help="what a token costs behind so many others instead, such as 1024 8192 32768 131072")
     sub.add_argument("--replay", action="store_true", help="hit rates of K2-mini's own routing by policy, and how right guesses are, instead")
     sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
+    sub.add_argument("--products", action="store_true", help="how fast one token's products read an expert of K2's own widths in each format, instead; with --compile the compiled forms too")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
     sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
     sub.set_defaults(run=run_bench)
@@ -605,7 +606,7 @@ def add_bench(commands):
 
 def run_bench(options):
     """The table, the comparison, or one measurement of either."""
-    from . import bench, beside, mask_bench, synthetic
+    from . import bench, beside, mask_bench, product_bench, synthetic
     from .training import speed
 
     for name in ("rounds", "prompt", "new"):
@@ -620,6 +621,8 @@ def run_bench(options):
         print(json.dumps(measured))
     elif options.mask:
         mask_bench.bench()
+    elif options.products:
+        product_bench.bench(K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json"), options.rounds, options.compile)
     elif options.replay:
         print_replay()
     elif options.train:

@@ -26,6 +26,7 @@ from .ceilings import forget_pages, give_back_freed_memory, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
+from .one_row import RowHead, RowLinear
 from .moe import resident_experts
 from .router import Router
 from .quantization import (
@@ -461,6 +462,8 @@ def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device
             of_this = of_experts if ".mlp.experts." in prefix + name else of_the_rest
             setattr(module.get_submodule(parent), attribute, linear_from(checkpoint, prefix + name, of_this, device))
         else:
+            if name == "lm_head":
+                child = module.lm_head = head_for(checkpoint, of_the_rest, device)
             fill_tensors(checkpoint, prefix + name, child, of_the_rest, device)
     give_back_freed_memory()
     return module.eval().requires_grad_(False)
@@ -509,10 +512,22 @@ def check_int4_shape(checkpoint: Checkpoint, name: str, parts):
         raise K2Error(f"{checkpoint.directory}: {name}.weight_shape is {shape_2.tolist()}; expected {[packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]}. The shard is damaged: fetch it again.")
 
 
+def head_for(checkpoint: Checkpoint, dtype, device) -> OutputHead:
+    """The output head, on the meta device, in the form that computes fastest."""
+    rows = wants_rows(dtype or checkpoint.tensor("lm_head.weight").dtype, device)
+    with torch.device("meta"):
+        return (RowHead if rows else OutputHead)(checkpoint.config)
+
+
+def wants_rows(dtype, device) -> bool:
+    """Whether a single row has a faster way through a matrix."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
 def plain_linear(weight_OI, device) -> nn.Linear:
     """An nn.Linear around a given matrix, without making a random one first."""
     with torch.device("meta"):
-        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        linear = (RowLinear if wants_rows(weight_OI.dtype, device) else nn.Linear)(weight_OI.shape[1], weight_OI.shape[0], bias=False)
     linear.weight = nn.Parameter(weight_OI.to(device), requires_grad=False)
     return linear
 

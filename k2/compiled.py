@@ -17,6 +17,7 @@ from torch import nn
 from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
+from .one_row import OneRow
 from .quantization import BLOCK, FP8CodesLinear
 
 
@@ -54,7 +55,7 @@ def fp8_row_expert(x_MD, gate_FD, up_FD, down_DF, gate_BG, up_BG, down_BG):
     return fp8_row(h_F, down_DF, down_BG)[None].to(x_MD.dtype)
 
 
-class Compiled(nn.Module):
+class Compiled(OneRow, nn.Module):
     """A module, and a compiled function of x and some weights that stands in for it where x is one row."""
 
     def __init__(self, plain: nn.Module, function, weights):
@@ -62,10 +63,13 @@ class Compiled(nn.Module):
         self.plain, self.function, self.weights = plain, function, weights
         self.weight = weights[0]  # the model asks its head for device and dtype
 
-    def forward(self, x_MI):
-        if x_MI.shape[:-1].numel() > 1:
-            return self.plain(x_MI)
-        return self.function(x_MI.reshape(1, -1), *self.weights).view(*x_MI.shape[:-1], -1)
+    def many_rows(self, x_MI):
+        """The module as it is."""
+        return self.plain(x_MI)
+
+    def one_row(self, x_1I):
+        """The function that stands in for it."""
+        return self.function(x_1I, *self.weights)
 
 
 class Compiler:
@@ -80,13 +84,13 @@ class Compiler:
         """The module in its compiled form, or as it is where there is none."""
         if isinstance(module, Expert):
             parts = [module.gate_proj, module.up_proj, module.down_proj]
-            if all(type(part) is nn.Linear for part in parts):
+            if all(isinstance(part, nn.Linear) for part in parts):
                 return Compiled(module, self.expert, [part.weight for part in parts])
             if all(in_whole_blocks(part) for part in parts):
                 return Compiled(module, self.fp8_expert, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
         elif isinstance(module, OutputHead) and module.weight.dtype != torch.float64:
             return Compiled(module, self.logits, [module.weight])
-        elif type(module) is nn.Linear:
+        elif isinstance(module, nn.Linear):
             return Compiled(module, self.product, [module.weight])
         elif in_whole_blocks(module):
             return Compiled(module, self.fp8_product, [module.weight, module.weight_scale_inv])

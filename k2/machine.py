@@ -18,9 +18,8 @@ import torch
 
 from . import ceilings
 from .attention import DirectQueryAttention, MultiHeadLatentAttention
-from .checkpoint import DTYPE_NAMES, NAME_OF, Checkpoint, expected_tensors, filled, save
+from .checkpoint import DTYPE_NAMES, NAME_OF, Checkpoint, expected_tensors, filled, head_for, save
 from .config import K2Config, K2Error
-from .embedding import OutputHead
 from .expert import Expert
 from .generation import decode, prefill
 from .kv_cache import LatentCache
@@ -97,7 +96,7 @@ class OnPaper(Checkpoint):
         if name.endswith("weight_shape"):
             return torch.tensor([shape_of_packed(self.specs[self.config.tensor_prefix + name.replace("_shape", "_packed")])]).flatten()
         if dtypes[0] == "F8_E4M3":
-            return torch.randint(0, 100, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            return torch.randint(8, 100, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)  # normal numbers, as nearly all of a real matrix are
         if dtypes[0] == "I32":
             return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
         return torch.empty(shape, dtype=DTYPE_NAMES[dtypes[0]]).uniform_(-0.01, 0.01)
@@ -187,7 +186,7 @@ def module_of(config: K2Config, kind: str, device: torch.device):
         "router": (lambda: Router(config), f"{name}mlp.gate."),
         "shared-expert": (lambda: Expert(D, F * config.n_shared_experts), f"{name}mlp.shared_experts."),
         "expert": (lambda: Expert(D, F), f"{name}mlp.experts.0."),
-        "head": (lambda: OutputHead(config), "lm_head."),
+        "head": (lambda: head_for(OnPaper(config), None, device), "lm_head."),
     }[kind]
     with torch.device("meta"):
         module = make()

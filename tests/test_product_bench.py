@@ -1,0 +1,43 @@
+"""The benchmark of products: every form is the same expert, and what it reads is counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small import assert_close, small_config
+from torch import nn
+
+from k2 import product_bench
+from k2.one_row import RowLinear
+
+CONFIG = replace(small_config(), hidden_size=256, moe_intermediate_size=128)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The written out functions as they stand."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_each_format_has_its_form_and_both_forms_of_one_format_answer_alike(uncompiled):
+    found, x = product_bench.forms(CONFIG, compiled=True), torch.randn(1, 256).to(torch.bfloat16)
+    assert list(found) == ["bf16, F.linear", "bf16", "fp8", "int4", "bf16, compiled", "fp8, compiled"]
+    assert all(isinstance(m, nn.Linear) for m in found["bf16"].children()) and isinstance(found["bf16"].up_proj, RowLinear)
+    with torch.inference_mode():
+        for one, other in (("bf16, F.linear", "bf16"), ("bf16", "bf16, compiled"), ("fp8", "fp8, compiled")):
+            assert_close(found[one](x), found[other](x), 2e-2, f"{one} and {other}")
+
+
+def test_what_a_form_reads_is_its_weights_and_scales(uncompiled):
+    found, weights = product_bench.forms(CONFIG, compiled=True), 3 * 256 * 128
+    assert product_bench.bytes_of(found["bf16"]) == product_bench.bytes_of(found["bf16, compiled"]) == 2 * weights
+    assert product_bench.bytes_of(found["fp8"]) == weights + 3 * 2 * 4
+    scales = 2 * weights // 32
+    assert product_bench.bytes_of(found["int4"]) == weights // 2 + 2 * scales + 3 * 2 * 8  # and three stored shapes
+
+
+def test_the_table_has_a_line_for_each_form(monkeypatch, capsys):
+    monkeypatch.setattr(product_bench, "ram_bandwidth", lambda: 1e9)
+    product_bench.bench(CONFIG, rounds=1, compiled=False)
+    printed = capsys.readouterr().out.split("\n")
+    assert "256 x 128" in printed[0] and "1.0 GB/s" in printed[0] and [line.split("  ")[0] for line in printed[2:] if line] == ["bf16, F.linear", "bf16", "fp8", "int4"]

@@ -74,16 +74,19 @@ def problems(english: Path) -> list[str]:
 
 
 def exercise(path: Path) -> tuple[str, str] | None:
-    """(task, hint) of an exercise in Chinese, None where there is none: `## NN title`, a ```text fence, a paragraph."""
-    found = re.search(rf"^## {path.stem[:2]} .*\n\n```text\n((?:.*\n)*?)```\n\n提示：((?:.+\n?)+)", read_text(chinese_of(practice.EXERCISES)), re.MULTILINE)
-    return found and (found[1].strip(), found[2].strip())
+    """(task, hint) of an exercise in Chinese, None where one is missing: `## NN title` and a ```text fence; under `## 提示`, at
+    the end where nobody reads it by accident, a paragraph that begins with **NN**."""
+    number, (tasks, _, hints) = path.stem[:2], read_text(chinese_of(practice.EXERCISES)).partition("\n## 提示\n")
+    task = re.search(rf"^## {number} .*\n\n```text\n((?:.*\n)*?)```$", tasks, re.MULTILINE)
+    hint = re.search(rf"^\*\*{number}\*\* ((?:.+\n?)+)", hints, re.MULTILINE)
+    return (task[1].strip(), hint[1].strip()) if task and hint else None
 
 
 def exercise_problems(path: Path) -> list[str]:
     """An exercise's Chinese is there, and names the same function and the same things in code."""
     found, name = exercise(path), f"lessons/zh/exercises.md: {path.stem[:2]}"
     if not found:
-        return [f"{name}: expected a heading `## {path.stem[:2]} ...`, a ```text block and a paragraph that begins with 提示："]
+        return [f"{name}: expected a heading `## {path.stem[:2]} ...` with a ```text block, and a paragraph under `## 提示` that begins with **{path.stem[:2]}**"]
     called = re.search(r"`?answer\([^)]*\)", practice.module_from(path).__doc__)
     said = [] if called is None or called[0] in found[0] else [f"{name}: expected {called[0]} in the task, found none"]
     return said + [f"{name}: no Chinese in {what!r}" for what in found if not HAN.search(what)]

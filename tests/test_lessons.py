@@ -10,6 +10,7 @@ from k2.checkpoint import expected_tensors
 from lessons import checker, counts, practice
 from lessons.checker import Block
 from lessons.figures import drawn_from
+from lessons.translation import chinese_of
 
 LESSONS = checker.lessons()
 QUOTES = [(path, block) for path in LESSONS for block in checker.split_lesson(checker.read_text(path))[0] if checker.kind(block) == "quote"]
@@ -23,6 +24,16 @@ FIGURES = sorted((checker.HERE / "figures").glob("[a-z]*.py"))
 def test_the_lesson_holds(path):
     problems = checker.check(path)
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", [*LESSONS, *map(chinese_of, LESSONS)], ids=lambda path: f"{path.parent.stem}-{path.stem}")
+def test_each_question_is_named_where_it_is_answered(path):
+    """`question 2`, `questions 1 to 3`, 问题 2, 问题 1 到 3, behind the section that asks."""
+    asked, _, rest = re.split(r"^## (?:Predict|先猜一猜)$", checker.read_text(path), maxsplit=1, flags=re.MULTILINE)[1].partition("\n## ")
+    numbers = {int(n) for n in re.findall(r"^(\d)\. ", asked, re.MULTILINE)}
+    named = re.findall(r"(?:[Qq]uestions?|问题) (\d)(?: (?:to|and|到|和) (\d))?", rest)
+    missing = numbers - {n for first, last in named for n in range(int(first), int(last or first) + 1)}
+    assert numbers and not missing, f"{path.name}: questions {sorted(missing)} are answered nowhere by number"
 
 
 def test_the_maps_table_and_links_are_todays():

@@ -51,7 +51,7 @@ SINGLE = "model.safetensors"  # a small checkpoint in one file has no index
 DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 NAME_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPES = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}  # as flags name them
-SCALE_LIMIT = 2.0**7  # see fp8_dequantize
+SCALE_LIMIT = 2.0**7  # a block of weights up to 57,344 is no block of weights
 # Every dtype that the container knows. K2's tensors use those above; a stranger's shard is judged by its bytes all the same.
 DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),

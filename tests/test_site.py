@@ -176,15 +176,30 @@ def test_chinese_lines_are_joined_without_a_space_and_stressed_without_a_slant(b
 
 def test_the_quoted_lines_are_in_view_beside_their_sentence(browser, built, pages):
     page = browser.new_page(viewport={"width": 1500, "height": 900})
-    for name in ("09_router.html", "10_moe.html", "zh/23_chat.html"):
+    for name in [name for name in pages if pages[name].quotes]:
         page.goto((built / name).as_uri())
         for n, quote in enumerate(pages[name].quotes):
             page.evaluate("n => document.querySelectorAll('.quote')[n].scrollIntoView({block: 'center'})", n)
-            page.wait_for_timeout(60)
-            assert page.inner_text("aside .where").startswith(quote["data-file"]), name
-            line = page.locator(f"#{site.slug(quote['data-file'])}-{quote['data-first']}").bounding_box()
-            assert line and 0 < line["y"] < 900, f"{name}: quote {n} is not in view"
+            where, first = quote["data-file"], quote["data-first"]
+            page.wait_for_function("w => document.querySelector('aside .where').textContent.startsWith(w)", arg=f"{where}, ")
+            line = page.wait_for_selector(f"#{site.slug(where)}-{first}.marked").bounding_box()
+            assert 0 < line["y"] < 900, f"{name}: quote {n} is not in view"
     page.close()
+
+
+@pytest.mark.parametrize("name", ["09_router.html", "zh/09_router.html", "zh/index.html"])
+def test_the_keyboard_alone_reaches_everything_that_can_be_used(browser, built, name):
+    page = browser.new_page(viewport={"width": 1500, "height": 900})
+    page.goto((built / name).as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    usable = "[...document.querySelectorAll('a[href], button, input, summary, pre, .table')].filter(each => each.checkVisibility() && (!each.matches('pre, .table') || each.scrollWidth > each.clientWidth || each.scrollHeight > each.clientHeight))"
+    count = page.evaluate(f"{{ const all = {usable}; all.forEach((each, n) => each.dataset.n = n); all.length; }}")
+    reached = set()
+    for _ in range(page.evaluate("document.querySelectorAll('a[href], button, input, summary, [tabindex]').length") + 2):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.dataset.n"))
+    page.close()
+    assert count > 30 and {str(n) for n in range(count)} <= reached
 
 
 def test_the_keyboard_alone_searches_opens_and_changes_the_theme(browser, built):

@@ -213,7 +213,7 @@ class Site:
         """A block of code; one that quotes says which lines of which file it is."""
         quote = re.fullmatch(r"python ([\w/]+\.py)::([\w.]+)", info)
         if not quote:
-            return f'<pre class="run" tabindex="0"><code>{highlighted(text, "x.pycon" if info == "python run" else "x.txt")}</code></pre>\n'
+            return f'<pre class="{"text" if info == "text" else "run"}" tabindex="0"><code>{highlighted(text, "x.pycon" if info == "python run" else "x.txt")}</code></pre>\n'
         file, symbol = quote.groups()
         first, last = symbol_lines(read_text(ROOT / file), symbol)
         lines = f'data-file="{file}" data-first="{first}" data-last="{last}"'
@@ -223,7 +223,7 @@ class Site:
 def without_comments(text: str) -> str:
     """Markdown without its HTML comments, as checks are, but for those inside of fences."""
     parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.startswith("```") else re.sub(r" ?<!--.*?-->", "", part, flags=re.DOTALL) for part in parts)
+    return "".join(part if part.startswith("```") else re.sub(rf" ?<!--.*?-->(?: (?={WIDE.pattern}))?", "", part, flags=re.DOTALL) for part in parts)
 
 
 def join_chinese(tokens: list):

@@ -473,7 +473,7 @@ def add_train(commands):
     sub.add_argument("--decay-share", type=float, default=0.35, metavar="X", help="part of the run over which the learning rate falls to 0")
     sub.add_argument("--minutes", type=float, metavar="M", help="as many steps as fit, instead of --steps")
     sub.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
-    sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="weights stay float32 in the optimizer (default: bfloat16 where the hardware has it)")
+    sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="weights stay float32 in the optimizer (default: bfloat16 on a GPU, float32 on a CPU)")
     sub.set_defaults(run=run_train)
 
 

@@ -67,9 +67,9 @@ class Compiled(OneRow, nn.Module):
         """The module as it is."""
         return self.plain(x_MI)
 
-    def one_row(self, x_1I):
+    def one_row(self, x_I):
         """The function that stands in for it."""
-        return self.function(x_1I, *self.weights)
+        return self.function(x_I[None], *self.weights)
 
 
 class Compiler:

@@ -14,12 +14,12 @@ from .embedding import OutputHead
 
 
 class OneRow:
-    """A module's other way: `one_row` where x is a single row, (1, I) -> (1, O), and `many_rows` for whatever else."""
+    """A module's other way: `one_row` where x is a single row, (I,) -> O numbers, and `many_rows` for whatever else."""
 
     def forward(self, x_MI):
         if x_MI.shape[:-1].numel() != 1:
             return self.many_rows(x_MI)
-        return self.one_row(x_MI.reshape(1, -1)).view(*x_MI.shape[:-1], -1)
+        return self.one_row(x_MI.flatten()).view(*x_MI.shape[:-1], -1)
 
 
 class RowLinear(OneRow, nn.Linear):
@@ -27,9 +27,9 @@ class RowLinear(OneRow, nn.Linear):
 
     many_rows = nn.Linear.forward
 
-    def one_row(self, x_1I):
-        """x W^T, (1, I) -> (1, O)."""
-        return torch.mv(self.weight, x_1I[0])[None]
+    def one_row(self, x_I):
+        """W x, (I,) -> (O,)."""
+        return torch.mv(self.weight, x_I)
 
 
 class RowHead(OutputHead, RowLinear):

@@ -130,12 +130,10 @@ def test_data_without_a_checkpoint_is_one_line(tmp_path, capsys):
     assert "expected a checkpoint to train further" in capsys.readouterr().err
 
 
-def test_bfloat16_is_chosen_where_it_is_native(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert recipe.training_dtype("auto", cpu) == torch.bfloat16 and recipe.training_dtype("float32", cpu) == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    assert recipe.training_dtype("auto", cpu) == torch.float32 and recipe.training_dtype("auto", torch.device("cuda")) == torch.bfloat16
+def test_bfloat16_is_chosen_on_a_gpu_and_float32_on_a_cpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert recipe.training_dtype("auto", cpu) == torch.float32 and recipe.training_dtype("bfloat16", cpu) == torch.bfloat16
+    assert recipe.training_dtype("auto", gpu) == torch.bfloat16 and recipe.training_dtype("float32", gpu) == torch.float32
 
 
 def test_bfloat16_training_learns_too(start):

@@ -178,14 +178,17 @@ class QKClip:
 def largest_logits(q_HTA, k_HSA, scale: float, rows: int = 64):
     """max over batch and causal pairs of scale q.k, per head (H,); a few query rows at a time: never T x S, and not what they may not see."""
     H, T, S = q_HTA.shape[-3], q_HTA.shape[-2], k_HSA.shape[-2]
+    q_XTA, k_XSA = q_HTA.flatten(0, -3), k_HSA.flatten(0, -3)  # X: batch and heads as one axis
     largest = []
     for start in range(0, T, rows):
         end = min(start + rows, T)
         seen = S - T + end  # no row of this block looks further
-        logits_HMS = q_HTA[..., start:end, :] @ k_HSA[..., :seen, :].mT
-        future_MS = torch.ones(end - start, seen, dtype=torch.bool, device=q_HTA.device).triu(S - T + start + 1)
-        largest.append(logits_HMS.masked_fill_(future_MS, -torch.inf).amax(dim=(-2, -1)).reshape(-1, H).amax(dim=0))
-    return torch.stack(largest).amax(dim=0).float() * scale  # once at the end: scale is positive, so the largest stays the largest
+        logits_XMS = q_XTA[:, start:end] @ k_XSA[:, :seen].mT
+        future_MM = torch.ones(end - start, end - start, dtype=torch.bool, device=q_HTA.device).triu(1)
+        logits_XMS[..., start - end :].masked_fill_(future_MM, -torch.inf)
+        largest.append(logits_XMS.flatten(1).amax(dim=1))
+    # The scale comes once, at the end: it is positive, so the largest stays the largest.
+    return torch.stack(largest).amax(dim=0).unflatten(0, (-1, H)).amax(dim=0).float() * scale
 
 
 def clip_heads(layer: MultiHeadLatentAttention, gamma_H, master: dict):

@@ -62,11 +62,11 @@ def check_memory(config: K2Config, run: Run, dtype, free: int):
 
 
 def training_dtype(name: str, device: torch.device):
-    """auto is bfloat16 where it is the faster one: a GPU, or a CPU with instructions for it."""
+    """auto is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 was the slower one for K2-mini, instructions for it or
+    not: `python -m k2 bench --train` shows both."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    native = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if native else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def make_checkpoint(config: K2Config, out: Path, run: Run, dtype=torch.float32, device="cpu", minutes: float | None = None):

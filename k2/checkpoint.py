@@ -26,7 +26,7 @@ from .ceilings import forget_pages, give_back_freed_memory, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
-from .one_row import RowHead, RowLinear
+from .one_row import RowHead, RowLinear, wants_mv
 from .moe import resident_experts
 from .router import Router
 from .quantization import (
@@ -514,20 +514,15 @@ def check_int4_shape(checkpoint: Checkpoint, name: str, parts):
 
 def head_for(checkpoint: Checkpoint, dtype, device) -> OutputHead:
     """The output head, on the meta device, in the form that computes fastest."""
-    rows = wants_rows(dtype or checkpoint.tensor("lm_head.weight").dtype, device)
+    rows = wants_mv(dtype or checkpoint.tensor("lm_head.weight").dtype, device)
     with torch.device("meta"):
         return (RowHead if rows else OutputHead)(checkpoint.config)
-
-
-def wants_rows(dtype, device) -> bool:
-    """Whether a single row has a faster way through a matrix."""
-    return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def plain_linear(weight_OI, device) -> nn.Linear:
     """An nn.Linear around a given matrix, without making a random one first."""
     with torch.device("meta"):
-        linear = (RowLinear if wants_rows(weight_OI.dtype, device) else nn.Linear)(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        linear = (RowLinear if wants_mv(weight_OI.dtype, device) else nn.Linear)(weight_OI.shape[1], weight_OI.shape[0], bias=False)
     linear.weight = nn.Parameter(weight_OI.to(device), requires_grad=False)
     return linear
 

@@ -1,22 +1,27 @@
 """torch.compile for decode on a CPU, an option: `--compile`.
 
-A token's product with a matrix reads the matrix once. The library's kernel for one row of bfloat16 leaves bandwidth
-unused, and an expert is three calls of it. Here the product is written out as multiply and sum, which the compiler fuses
-into one pass over the weights, an expert's three matrices in one function; FP8 codes are widened within that pass and
-never written out. The first tokens pay for compiling, some ten to thirty seconds; prompts and INT4, which has a kernel of
-torch's own, go the plain way.
+A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
+fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
+within that pass and never written out; whether bfloat16 gains depends on the processor (`python -m k2 bench --products
+--compile` shows it). The first tokens pay for compiling, some ten to thirty seconds; prompts and INT4, which has a kernel
+of torch's own, go the plain way.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
     B blocks of 128 rows · G blocks of 128 columns
 """
 
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .config import K2Error
 from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
+from .moe import Experts
 from .one_row import OneRow
 from .quantization import BLOCK, FP8CodesLinear
 
@@ -73,22 +78,28 @@ class Compiled(OneRow, nn.Module):
 
 
 class Compiler:
-    """The compiled form of each module that has one."""
+    """The compiled form of each module that has one. Without `experts` the routed ones stay as they are: those that a store
+    widens for each product have none, and memory must not change the text. Raises K2Error where nothing can be compiled."""
 
-    def __init__(self):
+    def __init__(self, device=torch.device("cpu"), experts: bool = True):
+        if device.type == "cpu" and not any(shutil.which(name) for name in [os.environ.get("CXX", "g++"), *(() if "CXX" in os.environ else ("clang++",))]):
+            raise K2Error("--compile: expected a C++ compiler, g++, clang++ or the one that CXX names; found none. Install one, or leave --compile out.")
+        self.experts = experts
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
             torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row_product, fp8_row_expert)
         )
 
     def form_of(self, module: nn.Module) -> nn.Module:
-        """The module in its compiled form, or as it is where there is none."""
+        """The module in its compiled form, or as it is where there is none: they sum in float32, so float64 has none."""
+        if next(module.parameters(), torch.empty(0)).dtype == torch.float64:
+            return module
         if isinstance(module, Expert):
             parts = [module.gate_proj, module.up_proj, module.down_proj]
             if all(isinstance(part, nn.Linear) for part in parts):
                 return Compiled(module, self.expert, [part.weight for part in parts])
             if all(in_whole_blocks(part) for part in parts):
                 return Compiled(module, self.fp8_expert, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
-        elif isinstance(module, OutputHead) and module.weight.dtype != torch.float64:
+        elif isinstance(module, OutputHead):
             return Compiled(module, self.logits, [module.weight])
         elif isinstance(module, nn.Linear):
             return Compiled(module, self.product, [module.weight])
@@ -106,6 +117,6 @@ def with_compiled_products(model: K2, compiler: Compiler) -> K2:
     """The model with its matrices and experts in compiled forms, as far as they have one and lie in memory."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name != "kv_b_proj" and not isinstance(parent, (Expert, Compiled)):
+            if name != "kv_b_proj" and not isinstance(parent, (Expert, Compiled)) and (compiler.experts or not isinstance(parent, Experts)):
                 setattr(parent, name, compiler.form_of(child))
     return model

@@ -37,7 +37,8 @@ from .compiled import Compiler, with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
-from .quantization import NIBBLES, fp8_has_nan
+from .one_row import OneRow, row_product
+from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
 from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
 
 TAKEN = 0.9  # of the memory that is free, where the user gives no number
@@ -319,12 +320,14 @@ class ExpertStore:
     def linear(self, name: str, parts: dict) -> nn.Module:
         """A matrix of an expert, from its bytes in a slot and what is kept of it for good."""
         if self.checkpoint.config.weight_format == "plain":
-            return WideningLinear(parts["weight"]) if self.dtype else files.plain_linear(parts["weight"], self.device)
+            return files.plain_linear(parts["weight"], self.device) if self.dtype in (None, parts["weight"].dtype) else WideningLinear(parts)
         if "weight" in parts:
             parts["weight_scale_inv"] = self.small(f"{name}.weight_scale_inv", parts)
         else:
             parts["weight_shape"] = self.small(f"{name}.weight_shape", parts)
-        return files.linear_at_rest(parts, self.device, by_codes=self.dtype is None and self.device.type == "cpu", own=True)
+        if self.dtype:
+            return WideningLinear(parts)
+        return files.linear_at_rest(parts, self.device, by_codes=self.device.type == "cpu", own=True)
 
     def small(self, full: str, parts: dict) -> torch.Tensor:
         """A tensor that lies far from its weights in the file and is small: kept once read, 250 MB for all of K2. With it
@@ -422,15 +425,29 @@ class Visited(nn.Module):
         return self.expert(x_MD.cpu()).to(x_MD.device)
 
 
-class WideningLinear(nn.Module):
-    """nn.Linear without bias whose weight stays in its stored dtype and is widened to x's for each product."""
+class WideningLinear(OneRow, nn.Module):
+    """A matrix that stays in its stored form, its tensors given by kind, and is widened to x's dtype for each product: the
+    same numbers, by the same kernels, as of one that was widened at load."""
 
-    def __init__(self, weight_OI):
+    def __init__(self, parts: dict):
         super().__init__()
-        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.parts = parts
 
-    def forward(self, x_MI):
-        return F.linear(x_MI, self.weight.to(x_MI.dtype))
+    def many_rows(self, x_MI):
+        """x W^T."""
+        return F.linear(x_MI, self.widened(x_MI.dtype))
+
+    def one_row(self, x_I):
+        """W x."""
+        return row_product(x_I, self.widened(x_I.dtype))
+
+    def widened(self, dtype):
+        """The matrix, (O, I). What the store hands out has no NaN among its codes."""
+        if "weight_scale_inv" in self.parts:
+            return fp8_dequantize(self.parts["weight"], self.parts["weight_scale_inv"], dtype, fp8_finite_values)
+        if "weight_packed" in self.parts:
+            return int4_dequantize(self.parts["weight_packed"], self.parts["weight_scale"], dtype)
+        return self.parts["weight"].to(dtype)
 
 
 class StoredExperts(nn.Module):
@@ -522,12 +539,13 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
     room = ram if not on_gpu else gpu_memory if gpu_memory is not None else int(torch.cuda.mem_get_info(device)[0] * TAKEN)
     if room < rest:
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
-    make_experts, compiler = files.resident_experts, Compiler() if compiled else None
+    make_experts, compiler = files.resident_experts, Compiler(device, experts=of_experts is None) if compiled else None
+    of_stored = compiler if of_experts is None else None
     if experts_on == "cpu":
-        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts, compiler=compiler).visited_layer
+        make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts, compiler=of_stored).visited_layer
     elif routed + rest > room:
         tiers = (ram, device, room - rest) if on_gpu else (ram - rest,)
-        store = ExpertStore(checkpoint, *tiers, dtype=of_experts, compiler=compiler)
+        store = ExpertStore(checkpoint, *tiers, dtype=of_experts, compiler=of_stored)
         make_experts = store.layer
     model = filled_model(checkpoint, device, dtype, make_experts)
     model.register_forward_pre_hook(lambda *_: checkpoint.check_unchanged())

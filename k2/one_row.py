@@ -8,6 +8,7 @@ compiled.py puts a compiled function in the same place.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .embedding import OutputHead
@@ -22,6 +23,16 @@ class OneRow:
         return self.one_row(x_MI.flatten()).view(*x_MI.shape[:-1], -1)
 
 
+def wants_mv(dtype, device) -> bool:
+    """Whether torch.mv is the faster way for a single row."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
+def row_product(x_I, weight_OI):
+    """W x, (I,) -> (O,), by the kernel that every such product of one row takes, wherever its matrix comes from."""
+    return torch.mv(weight_OI, x_I) if wants_mv(weight_OI.dtype, weight_OI.device) else F.linear(x_I[None], weight_OI)[0]
+
+
 class RowLinear(OneRow, nn.Linear):
     """nn.Linear without bias whose single rows go to torch.mv."""
 
@@ -29,7 +40,7 @@ class RowLinear(OneRow, nn.Linear):
 
     def one_row(self, x_I):
         """W x, (I,) -> (O,)."""
-        return torch.mv(self.weight, x_I)
+        return row_product(x_I, self.weight)
 
 
 class RowHead(OutputHead, RowLinear):

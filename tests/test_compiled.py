@@ -109,9 +109,22 @@ def test_the_tokens_from_a_disk_are_the_same(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's own imports warn
-def test_the_tokens_are_are_the_same():
+def test_the_tokens_are_the_same():
     from k2.__main__ import MINI
 
     tokenizer = k2.Tokenizer.from_directory(MINI)
     texts = [list(k2.generate(k2.load(MINI, compiled=compiled), tokenizer.encode("def _get_"), 64)) for compiled in (False, True)]
     assert texts[0] == texts[1]
+
+
+def test_without_a_compiler_it_is_one_line(monkeypatch, capsys):
+    from k2.__main__ import main
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["generate", "x", "--compile"]) == 2
+    assert capsys.readouterr().err.strip().split("\n")[-1].startswith("error: --compile: expected a C++ compiler")
+
+
+def test_float64_is_left_in_float64(uncompiled):
+    plain = random_model(small_config()).double()
+    assert not any(isinstance(module, Compiled) for module in with_compiled_products(plain, Compiler()).modules())

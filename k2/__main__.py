@@ -621,6 +621,8 @@ def run_bench(options):
         print(json.dumps(measured))
     elif options.mask:
         mask_bench.bench()
+    elif options.products and options.directory:
+        raise K2Error(f"bench --products: found {options.directory}; expected no checkpoint, since it makes its own weights. Leave it out.")
     elif options.products:
         product_bench.bench(K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json"), options.rounds, options.compile)
     elif options.replay:

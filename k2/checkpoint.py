@@ -604,6 +604,8 @@ def write_through(path: Path, content: bytes):
 def stored_tensor(modules: dict, name: str, config: K2Config) -> torch.Tensor:
     """One tensor as the checkpoint of this config stores it, computed from the model's module."""
     owner, _, kind = name.rpartition(".")
+    if owner not in modules:
+        raise K2Error(f"save: expected a module {owner}, found none. A model with compiled products cannot be saved: load it without them.")
     if kind == "e_score_correction_bias":
         return modules[owner].e_score_correction_bias.float().contiguous().cpu()
     weight = dense_weight(modules[owner])

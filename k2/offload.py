@@ -541,7 +541,7 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
         raise K2Error(f"{directory}: the weights that every token needs take {rest:,} bytes; expected at most the {room:,} given. Give more with {'--gpu-memory' if on_gpu else '--ram'}, or use a machine with more memory.")
     make_experts, compiler = files.resident_experts, Compiler(device, experts=of_experts is None) if compiled else None
     of_stored = compiler if of_experts is None else None
-    if experts_on == "cpu":
+    if experts_on == "cpu" and routed:
         make_experts = ExpertStore(checkpoint, ram if on_gpu else ram - rest, dtype=of_experts, compiler=of_stored).visited_layer
     elif routed + rest > room:
         tiers = (ram, device, room - rest) if on_gpu else (ram - rest,)

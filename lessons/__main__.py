@@ -27,8 +27,14 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         return COMMANDS[command](*rest) or 0
+    except UnicodeDecodeError as error:
+        print(f"error: a page is not UTF-8 text: {error}. Mend or fetch it again.", file=sys.stderr)
+        return 2
     except LookupError as error:  # it names what there is
         print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}. Fetch the file again, or see that it can be read and written.", file=sys.stderr)
         return 2
     except TypeError as error:
         print(f"error: {error}\n\n{__doc__.strip()}", file=sys.stderr)
@@ -83,8 +89,8 @@ def run_exam():
 
 def run_table():
     """Write the tables again."""
-    for path in checker.MAPS:
-        path.write_text(checker.with_table(path), encoding="utf-8")
+    for path, text in [(path, checker.with_table(path)) for path in checker.MAPS]:
+        path.write_text(text, encoding="utf-8")
 
 
 def run_agree(name: str = ""):
@@ -128,7 +134,7 @@ def run_build(out: str = "") -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {folder}: the pages could not be written: {error.strerror}. Choose another folder.", file=sys.stderr)
+        print(f"error: {error.filename or folder}: {error.strerror}. Choose another folder, or fetch a missing page again.", file=sys.stderr)
         return 2
     print(f"{len(pages)} pages; open {folder / 'index.html'}")
     return 0

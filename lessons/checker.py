@@ -427,15 +427,25 @@ def table(path: Path) -> str:
     rows = [MAPS[path], "|---|---|---|---|---|---|"]
     for lesson in lessons():
         c = counted(lesson)
-        title = next(line for line in read_text(path.parent / lesson.name).split("\n") if line.startswith("# ")).removeprefix("# ")
+        title = title_of(path.parent / lesson.name)
         rows.append(f"| {lesson.stem[:2]} | [{title}]({lesson.name}) | {c['minutes']} | {c['blocks']} | {c['exercises']} | {c['figures']} |")
     return "\n".join([BEGIN, *rows, END])
 
 
+def title_of(path: Path) -> str:
+    """A page's title. LookupError where it has none."""
+    found = next((line for line in read_text(path).split("\n") if line.startswith("# ")), None)
+    if found is None:
+        raise LookupError(f"{path.relative_to(ROOT)}: expected a line `# title`, found none")
+    return found.removeprefix("# ")
+
+
 def with_table(path: Path) -> str:
-    """A map with the table of today."""
-    before, _, rest = read_text(path).partition(BEGIN)
-    return before + table(path) + rest.partition(END)[2]
+    """A map with the table of today. LookupError where the two lines that the table stands between are not there once."""
+    text = read_text(path)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise LookupError(f"{path.relative_to(ROOT)}: expected the lines {BEGIN} and {END}, once each, found {text.count(BEGIN)} and {text.count(END)}")
+    return text[: text.index(BEGIN)] + table(path) + text[text.index(END) + len(END) :]
 
 
 def map_problems() -> list[str]:
@@ -443,7 +453,7 @@ def map_problems() -> list[str]:
     found = []
     for path in MAPS:
         text, name = read_text(path), path.relative_to(HERE)
-        found += [] if BEGIN in text and with_table(path) == text else [f"{name}: the table is not today's. Write it again: python -m lessons table"]
+        found += [] if with_table(path) == text else [f"{name}: the table is not today's. Write it again: python -m lessons table"]
         found += [f"{name}:{line}: {what}" for line, what in name_problems(split_lesson(text)[1], path, read_text)]
     return found
 

@@ -6,7 +6,6 @@ answer cannot go stale.
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +25,17 @@ SCALES = {"thousand": 1e3, "kb": 1e3, "million": 1e6, "millions": 1e6, "m": 1e6,
           "billion": 1e9, "billions": 1e9, "b": 1e9, "bn": 1e9, "gb": 1e9, "trillion": 1e12, "t": 1e12, "tb": 1e12}  # fmt: skip
 UNITS = set("about bits bit bytes byte per a an id ids is fold gb/s id layers layer number numbers pair pairs percent position s second scales step steps tensors times token tokens tokens/s weight weights x × %".split())
 CHINESE = {"万亿": " trillion ", "十亿": " billion ", "百万": " million ", "千": " thousand ", "亿": " yi ", "万": " wan "}
-COUNTERS = re.compile("(?:大约|左右|约|个|层|倍|字节|比特|位|对|步|张量|秒|每|权重|参数|专家|缩放因子|%)+")
+COUNTERS = re.compile("(?:大约|左右|约|第|个|层|倍|字节|比特|位|对|步|张量|秒|每|权重|参数|专家|缩放因子|%)+")
+
+
+def half_width(text: str) -> str:
+    """Full-width signs, as Chinese keyboards give them, and a true minus as ASCII; nothing else, as 10² is not 102."""
+    return text.translate({code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x2212: "-"})
 
 
 def without_chinese(text: str) -> str:
-    """An answer with Chinese digits' names as English ones, full-width signs as ASCII, and counters taken out."""
-    text = unicodedata.normalize("NFKC", text)
+    """An answer with the Chinese names of scales as English ones, and counters taken out."""
+    text = half_width(text)
     for name, english in CHINESE.items():
         text = text.replace(name, english)
     return COUNTERS.sub(" ", text)
@@ -74,7 +78,7 @@ class Answer:
         """What a reader wrote, as this kind of answer: a letter, a name, or the numbers that it may stand for; None if it
         cannot be read. A bare number may count the question's unit or single things."""
         if self.kind() == "letter":
-            found = re.fullmatch(r"\(?([a-d])\)?[.:]?|\(?([a-d])[).:]\s?.*", unicodedata.normalize("NFKC", said).strip(" `。").lower())
+            found = re.fullmatch(r"选?\s*\(?([a-d])\)?[.:、]?|选?\s*\(?([a-d])[).:、]\s?.*", half_width(said).strip(" `。").lower())
             return found and (found[1] or found[2])
         if self.kind() == "name":
             return said.strip(" ()`\"'。").removesuffix(".").lower() or None

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from . import practice, translation
-from .checker import HERE, ROOT, kind, lessons, read_text, split_lesson, symbol_lines
+from .checker import HERE, ROOT, kind, lessons, read_text, split_lesson, symbol_lines, title_of
 from .translation import ZH, chinese_of, english_of, pages
 
 OUT = ROOT / "runs" / "site"
@@ -241,7 +241,7 @@ def plain_text(token) -> str:
 @functools.cache
 def heading(path: Path) -> str:
     """A Markdown file's title."""
-    return next(line.lstrip("# ") for line in read_text(path).split("\n") if line.startswith("# "))
+    return title_of(path)
 
 
 def anchor(title: str) -> str:

@@ -83,7 +83,7 @@ def exercise(path: Path) -> tuple[str, str] | None:
 
 
 def exercise_problems(path: Path) -> list[str]:
-    """An exercise's Chinese is there, and names the same function and the same things in code."""
+    """An exercise's Chinese is there, and calls the same function with the same arguments."""
     found, name = exercise(path), f"lessons/zh/exercises.md: {path.stem[:2]}"
     if not found:
         return [f"{name}: expected a heading `## {path.stem[:2]} ...` with a ```text block, and a paragraph under `## 提示` that begins with **{path.stem[:2]}**"]
@@ -133,7 +133,10 @@ def name_of(english: Path) -> str:
 
 def agreed() -> dict[str, str]:
     """The signatures on record."""
-    return dict(line.split() for line in read_text(AGREED).splitlines()) if AGREED.exists() else {}
+    lines = [line.split() for line in read_text(AGREED).splitlines()] if AGREED.exists() else []
+    if any(len(line) != 2 for line in lines):
+        raise LookupError(f"{AGREED}: expected lines of a name and a hash, found another. Put it back: git checkout lessons/zh/agreed.txt")
+    return dict(lines)
 
 
 def agree(name: str = ""):

@@ -128,3 +128,9 @@ def test_without_a_compiler_it_is_one_line(monkeypatch, capsys):
 def test_float64_is_left_in_float64(uncompiled):
     plain = random_model(small_config()).double()
     assert not any(isinstance(module, Compiled) for module in with_compiled_products(plain, Compiler()).modules())
+
+
+def test_a_compiled_model_is_not_saved_and_leaves_nothing(uncompiled, tmp_path):
+    with pytest.raises(k2.K2Error, match="cannot be saved"):
+        save(with_compiled_products(random_model(small_config()), Compiler()), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -36,6 +36,36 @@ def test_what_a_form_reads_is_its_weights_and_scales(uncompiled):
     assert product_bench.bytes_of(found["int4"]) == weights // 2 + 2 * scales + 3 * 2 * 8  # and three stored shapes
 
 
+def test_a_rate_is_bytes_over_seconds_and_a_share_that_over_the_reading(monkeypatch):
+    """With a clock that goes on by one second a look: each turn then takes one."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(product_bench, "ram_bandwidth", lambda: 1e6)
+    monkeypatch.setattr(product_bench.time, "perf_counter", lambda: float(next(ticks)))
+    found = product_bench.measure(CONFIG, rounds=3, compiled=False, copies=2)
+    read = product_bench.TOKENS * 2 * 2 * 3 * 256 * 128
+    assert found["reading"] == (1e6, 1.0) and found["bf16"] == found["bf16, F.linear"] == (read, read / 1e6)
+
+
+def test_each_form_takes_its_own_kernel(monkeypatch):
+    found, taken, real = product_bench.forms(CONFIG, compiled=False), [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(1) or real(weight, x))
+    with torch.inference_mode():
+        for name, calls in (("bf16, F.linear", 0), ("bf16", 3)):
+            taken.clear()
+            found[name](torch.randn(1, 256).to(torch.bfloat16))
+            assert len(taken) == calls, name
+
+
+def test_the_command_compiles_if_asked_and_takes_no_checkpoint(monkeypatch, capsys, tmp_path):
+    from k2.__main__ import main
+
+    asked = []
+    monkeypatch.setattr(product_bench, "bench", lambda config, rounds, compiled: asked.append((config.hidden_size, rounds, compiled)))
+    assert main(["bench", "--products", "--rounds", "2"]) == main(["bench", "--products", "--compile", "--rounds", "2"]) == 0
+    assert asked == [(7168, 2, False), (7168, 2, True)]
+    assert main(["bench", str(tmp_path), "--products"]) == 2 and "expected no checkpoint" in capsys.readouterr().err
+
+
 def test_the_table_has_a_line_for_each_form(monkeypatch, capsys):
     monkeypatch.setattr(product_bench, "ram_bandwidth", lambda: 1e9)
     product_bench.bench(CONFIG, rounds=1, compiled=False)

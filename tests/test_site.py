@@ -170,7 +170,8 @@ def test_chinese_lines_are_joined_without_a_space_and_stressed_without_a_slant(b
     page = browser.new_page()
     page.goto((built / "zh" / "06_attention.html").as_uri())
     assert not re.search(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef] [\u4e00-\u9fff]", "\n".join(page.locator("main p").all_inner_texts()))
-    assert page.evaluate("getComputedStyle(document.querySelector('main em')).fontStyle") == "normal"
+    style = page.evaluate("(({fontStyle, textEmphasisStyle}) => [fontStyle, textEmphasisStyle])(getComputedStyle(document.querySelector('main em')))")
+    assert style[0] == "normal" and style[1] != "none"
     page.close()
 
 
@@ -184,6 +185,24 @@ def test_the_quoted_lines_are_in_view_beside_their_sentence(browser, built, page
             page.wait_for_function("w => document.querySelector('aside .where').textContent.startsWith(w)", arg=f"{where}, ")
             line = page.wait_for_selector(f"#{site.slug(where)}-{first}.marked").bounding_box()
             assert 0 < line["y"] < 900, f"{name}: quote {n} is not in view"
+    page.close()
+
+
+@pytest.mark.parametrize(("name", "word", "found"), [("index.html", "softmax", "0"), ("zh/index.html", "softmax", "zh/")])
+def test_a_search_stays_in_its_language(browser, built, name, word, found):
+    page = browser.new_page()
+    page.goto((built / name).as_uri())
+    page.fill("#search", word)
+    pages = {Path(link).relative_to(built).as_posix() for link in page.evaluate("[...document.querySelectorAll('#found a')].map(each => new URL(each.href).pathname)")}
+    page.close()
+    assert len(pages) > 3 and all(page.startswith("zh/") == (found == "zh/") for page in pages)
+
+
+def test_a_focused_quote_is_the_one_that_is_shown(browser, built):
+    page = browser.new_page(viewport={"width": 1500, "height": 900})
+    page.goto((built / "06_attention.html").as_uri())
+    page.evaluate("document.querySelectorAll('.quote pre')[2].focus({preventScroll: true})")
+    assert page.evaluate("document.querySelectorAll('.quote')[2].classList.contains('here')")
     page.close()
 
 

@@ -92,3 +92,41 @@ def test_the_glossary_has_each_term_once_and_the_lesson_that_it_names_uses_it():
         assert file.startswith(number), english
         text = checker.read_text(translation.ZH / file)
         assert any(term in text for term in chinese.split("、")), f"{file} does not use {chinese} ({english})"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The Chinese pages in a folder of their own, where they may be broken."""
+    import shutil
+
+    copy = shutil.copytree(checker.HERE, tmp_path / "lessons", ignore=shutil.ignore_patterns("work", "figures", "__pycache__"))
+    english = {path: copy / path.relative_to(checker.HERE) for path in checker.HERE.rglob("*.md")}
+    monkeypatch.setattr(checker, "HERE", copy)
+    monkeypatch.setattr(checker, "ROOT", tmp_path)
+    monkeypatch.setattr(checker, "MAPS", {english[path]: head for path, head in checker.MAPS.items()})
+    monkeypatch.setattr(translation, "AGREED", copy / "zh" / "agreed.txt")
+    return copy
+
+
+@pytest.mark.parametrize(("file", "change", "said"), [
+    ("zh/map.md", lambda text: text.replace(checker.END, ""), "once each, found 1 and 0"),
+    ("README.md", lambda text: text.replace(checker.BEGIN, ""), "once each, found 0 and 1"),
+    ("zh/07_kv_cache.md", lambda text: text.replace("# ", "", 1), "expected a line `# title`"),
+    ("zh/07_kv_cache.md", lambda text: None, "No such file"),
+    ("zh/07_kv_cache.md", lambda text: b"\xff\xfe", "not UTF-8"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_made_changes_no_map(folder, capfd, file, change, said):
+    path, maps = folder / file, [folder / "README.md", folder / "zh" / "map.md"]
+    text = change(path.read_text(encoding="utf-8"))
+    path.unlink() if text is None else path.write_bytes(text) if isinstance(text, bytes) else path.write_text(text, encoding="utf-8")
+    before = [each.read_bytes() for each in maps]
+    assert main(["table"]) == 2
+    error = capfd.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert [each.read_bytes() for each in maps] == before
+
+
+def test_a_broken_record_is_one_line_and_is_kept(folder, capfd):
+    translation.AGREED.write_text("one two three\n")
+    assert main(["agree", "08"]) == 2 and "expected lines of a name and a hash" in capfd.readouterr().err
+    assert translation.AGREED.read_text() == "one two three\n"

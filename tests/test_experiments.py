@@ -115,13 +115,14 @@ def sparsity_holds(result):
 
 
 CLAIMS = {"optimizer": optimizer_holds, "sparsity": sparsity_holds, "clip": clip_holds, "balance": balance_holds, "newton-schulz": newton_schulz_holds, "rephrasing": rephrasing_holds}
-SHORT = {"optimizer": 200, "sparsity": 500, "clip": 120, "balance": 150, "newton-schulz": 200, "rephrasing": 1200}
+SHORT = {"optimizer": 200, "sparsity": 500, "clip": 120, "balance": 150, "newton-schulz": 200}  # steps; rephrasing takes all of its 1,500
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_claim_holds_in_a_shortened_run(name):
-    CLAIMS[name](experiments.experiment(name, [7], SHORT[name]))
+    """One seed, but for rephrasing: of 150 questions two arms differ by 0.04 through chance alone, so that one of six pairs was equal."""
+    CLAIMS[name](experiments.experiment(name, [7, 8, 9] if name == "rephrasing" else [7], SHORT.get(name)))
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -82,7 +82,8 @@ class Compiler:
     widens for each product have none, and memory must not change the text. Raises K2Error where nothing can be compiled."""
 
     def __init__(self, device=torch.device("cpu"), experts: bool = True):
-        if device.type == "cpu" and not any(shutil.which(name) for name in [os.environ.get("CXX", "g++"), *(() if "CXX" in os.environ else ("clang++",))]):
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+        if device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise K2Error("--compile: expected a C++ compiler, g++, clang++ or the one that CXX names; found none. Install one, or leave --compile out.")
         self.experts = experts
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (

@@ -37,7 +37,7 @@ from .compiled import Compiler, with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
-from .one_row import OneRow, row_product
+from .one_row import OneRow, single_row_product
 from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
 from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
 
@@ -439,7 +439,7 @@ class WideningLinear(OneRow, nn.Module):
 
     def one_row(self, x_I):
         """W x."""
-        return row_product(x_I, self.widened(x_I.dtype))
+        return single_row_product(x_I, self.widened(x_I.dtype))
 
     def widened(self, dtype):
         """The matrix, (O, I). What the store hands out has no NaN among its codes."""

@@ -1,7 +1,7 @@
 """One row at a time: what a CPU does differently where a single token is decoded.
 
 A prompt's product is bound by arithmetic, one token's by reading the matrix once. F.linear, made for the first, takes its
-time with a single row of bfloat16; torch.mv reads as fast as memory gives (`python -m k2 bench --products` shows both).
+time with a single row of bfloat16, and torch.mv reads the matrix faster (`python -m k2 bench --products` shows both).
 compiled.py puts a compiled function in the same place.
 
     M rows sent here · I, O a matrix's columns (inputs) and rows (outputs)
@@ -28,7 +28,7 @@ def wants_mv(dtype, device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def row_product(x_I, weight_OI):
+def single_row_product(x_I, weight_OI):
     """W x, (I,) -> (O,), by the kernel that every such product of one row takes, wherever its matrix comes from."""
     return torch.mv(weight_OI, x_I) if wants_mv(weight_OI.dtype, weight_OI.device) else F.linear(x_I[None], weight_OI)[0]
 
@@ -40,7 +40,7 @@ class RowLinear(OneRow, nn.Linear):
 
     def one_row(self, x_I):
         """W x, (I,) -> (O,)."""
-        return row_product(x_I, self.weight)
+        return single_row_product(x_I, self.weight)
 
 
 class RowHead(OutputHead, RowLinear):

@@ -11,7 +11,6 @@ import time
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .ceilings import keep_freed_memory, ram_bandwidth
@@ -19,11 +18,10 @@ from .compiled import Compiler
 from .config import K2Config
 from .machine import module_of
 from .needs import in_format
-from .one_row import RowLinear
 from .quantization import INT4KernelLinear
 
 COPIES = 6  # of an expert; six in INT4 are 165 MB
-TOKENS = 2  # that each copy answers in a row's turn
+TOKENS = 2  # that each copy answers when its form's turn comes
 
 
 def forms(config: K2Config, compiled: bool) -> dict[str, nn.Module]:
@@ -39,17 +37,10 @@ def forms(config: K2Config, compiled: bool) -> dict[str, nn.Module]:
     return found
 
 
-class LibraryLinear(RowLinear):
+def library_linear(linear: nn.Linear) -> nn.Linear:
     """The same matrix by F.linear, whatever the rows."""
-
-    def forward(self, x_MI):
-        return F.linear(x_MI, self.weight)
-
-
-def library_linear(linear: RowLinear) -> LibraryLinear:
-    """A matrix's product as nn.Linear would make it."""
     with torch.device("meta"):
-        made = LibraryLinear(linear.in_features, linear.out_features, bias=False)
+        made = nn.Linear(linear.in_features, linear.out_features, bias=False)
     made.weight = linear.weight
     return made
 

@@ -52,25 +52,31 @@ def problems(english: Path) -> list[str]:
         return [f"{chinese.relative_to(ROOT)}: no such file"]
     if english == practice.EXERCISES:
         return [problem for path in practice.exercises() for problem in exercise_problems(path)]
-    (blocks, prose), (theirs, original) = (split_lesson(read_text(path)) for path in (chinese, english))
-    text, source = "\n".join(prose), "\n".join(original)
+    blocks, prose = split_lesson(read_text(chinese))
     said = [f"line {line}: {what}" for line, what in name_problems(prose, chinese, read_text)]
     if english in lessons():
         said += [f"line {line}: {what}" for line, what in number_problems(blocks, prose)]
-    compared = {
-        "fences": ([(b.info, b.text) for b in blocks], [(b.info, b.text) for b in theirs]),
-        "checks": (CHECK.findall(text), CHECK.findall(source)),
-        "sources": (SOURCE.findall(" ".join(prose)), SOURCE.findall(" ".join(original))),
-        "levels of headings": ([len(h) for h in re.findall(r"^#+(?= )", text, re.MULTILINE)], [len(h) for h in re.findall(r"^#+(?= )", source, re.MULTILINE)]),
-        "rows of tables": (len(re.findall(r"^\|", text, re.MULTILINE)), len(re.findall(r"^\|", source, re.MULTILINE))),
-        "pictures": (len(re.findall(r"!\[", text)), len(re.findall(r"!\[", source))),
-        "questions": (re.findall(r"^(?:\d+\.|\*\*\d+\.\*\*)(?= )", text, re.MULTILINE), re.findall(r"^(?:\d+\.|\*\*\d+\.\*\*)(?= )", source, re.MULTILINE)),
-    }
-    for what, (found, expected) in compared.items():
-        if found != expected:
-            said.append(f"expected {what} as in {english.relative_to(ROOT)}, found {difference(found, expected)}")
+    expected = comparable(english)
+    for what, found in comparable(chinese).items():
+        if found != expected[what]:
+            said.append(f"expected {what} as in {english.relative_to(ROOT)}, found {difference(found, expected[what])}")
     said += [f"line {n}: no Chinese in {line[:60]!r}" for n, line in enumerate(prose, 1) if untranslated(line)]
     return [f"{chinese.relative_to(ROOT)}: {what}" for what in said]
+
+
+def comparable(path: Path) -> dict[str, list]:
+    """What a page has that does not depend on its language."""
+    blocks, prose = split_lesson(read_text(path))
+    text = "\n".join(prose)
+    return {
+        "fences": [(b.info, b.text) for b in blocks],
+        "checks": CHECK.findall(text),
+        "sources": SOURCE.findall(" ".join(prose)),
+        "levels of headings": re.findall(r"^#+(?= )", text, re.MULTILINE),
+        "rows of tables": re.findall(r"^\|", text, re.MULTILINE),
+        "pictures": re.findall(r"!\[", text),
+        "questions": re.findall(r"^(?:\d+\.|\*\*\d+\.\*\*)(?= )", text, re.MULTILINE),
+    }
 
 
 def exercise(path: Path) -> tuple[str, str] | None:
@@ -92,10 +98,8 @@ def exercise_problems(path: Path) -> list[str]:
     return said + [f"{name}: no Chinese in {what!r}" for what in found if not HAN.search(what)]
 
 
-def difference(found, expected) -> str:
-    """The first thing in which two lists differ, or two numbers."""
-    if not isinstance(found, list):
-        return f"{found} for {expected}"
+def difference(found: list, expected: list) -> str:
+    """The first thing in which two lists differ."""
     at = next((n for n, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
     return f"{found[at : at + 1] or 'the end'} for {expected[at : at + 1] or 'the end'} at number {at + 1}"
 

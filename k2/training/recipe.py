@@ -62,8 +62,8 @@ def check_memory(config: K2Config, run: Run, dtype, free: int):
 
 
 def training_dtype(name: str, device: torch.device):
-    """auto is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 was the slower one for K2-mini, instructions for it or
-    not: `python -m k2 bench --train` shows both."""
+    """auto is bfloat16 on a GPU, and float32 on a CPU, where even one with instructions for bfloat16 trained K2-mini faster
+    in float32, in nearly every run: `python -m k2 bench --train` shows both."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -57,6 +57,8 @@ class ScaledDotProduct(nn.Module):
 class MultiHeadLatentAttention(nn.Module):
     """x (..., T, D) -> (..., T, D). With a cache the T tokens stand behind those that it holds, and are added to it."""
 
+    product = staticmethod(F.linear)  # of latents with kv_b_proj's rows; a loader may put one here that a processor does faster
+
     def __init__(self, config: K2Config):
         super().__init__()
         self.config = config
@@ -126,7 +128,7 @@ class MultiHeadLatentAttention(nn.Module):
     def expanded_heads(self, q_nope_TN, q_rope_TR, weight_MC, c_kv_SC, k_rope_SR):
         """The same for some heads, a leading axis here, and the M rows of kv_b_proj that are theirs."""
         c = self.config
-        kv_SO = F.linear(c_kv_SC, weight_MC).unflatten(-1, (q_nope_TN.shape[-3], -1)).transpose(-3, -2)
+        kv_SO = self.product(c_kv_SC, weight_MC).unflatten(-1, (q_nope_TN.shape[-3], -1)).transpose(-3, -2)
         k_nope_SN, v_SV = kv_SO.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         shared_SR = k_rope_SR.unsqueeze(-3).expand(*k_nope_SN.shape[:-1], -1)  # one rotary key for all heads
         q_TA = torch.cat((q_nope_TN, q_rope_TR), dim=-1)

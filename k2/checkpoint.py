@@ -22,12 +22,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from .attention import MultiHeadLatentAttention
 from .ceilings import forget_pages, give_back_freed_memory, keep_freed_memory
 from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object, without_repeats
 from .embedding import OutputHead
 from .model import K2
-from .one_row import RowHead, RowLinear, wants_mv
 from .moe import resident_experts
+from .products import RowLinear, many_rows_product, wants_mv
 from .router import Router
 from .quantization import (
     BLOCK,
@@ -465,6 +466,8 @@ def filled(checkpoint: Checkpoint, prefix: str, module: nn.Module, dtype, device
             if name == "lm_head":
                 child = module.lm_head = head_for(checkpoint, of_the_rest, device)
             fill_tensors(checkpoint, prefix + name, child, of_the_rest, device)
+        if isinstance(child, MultiHeadLatentAttention):
+            child.product = many_rows_product
     give_back_freed_memory()
     return module.eval().requires_grad_(False)
 
@@ -510,6 +513,10 @@ def check_int4_shape(checkpoint: Checkpoint, name: str, parts):
     packed_OU, shape_2 = parts["weight_packed"], parts["weight_shape"]
     if shape_2.tolist() != [packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]:
         raise K2Error(f"{checkpoint.directory}: {name}.weight_shape is {shape_2.tolist()}; expected {[packed_OU.shape[0], packed_OU.shape[1] * NIBBLES]}. The shard is damaged: fetch it again.")
+
+
+class RowHead(OutputHead, RowLinear):
+    """OutputHead by RowLinear's kernels: the product that it widens, its super().forward, is theirs."""
 
 
 def head_for(checkpoint: Checkpoint, dtype, device) -> OutputHead:

@@ -22,7 +22,7 @@ from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
 from .moe import Experts
-from .one_row import OneRow
+from .products import OneRow
 from .quantization import BLOCK, FP8CodesLinear
 
 

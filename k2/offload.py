@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint as files
@@ -37,7 +36,7 @@ from .compiled import Compiler, with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
 from .model import K2
-from .one_row import OneRow, single_row_product
+from .products import OneRow, many_rows_product, single_row_product
 from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
 from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
 
@@ -435,7 +434,7 @@ class WideningLinear(OneRow, nn.Module):
 
     def many_rows(self, x_MI):
         """x W^T."""
-        return F.linear(x_MI, self.widened(x_MI.dtype))
+        return many_rows_product(x_MI, self.widened(x_MI.dtype))
 
     def one_row(self, x_I):
         """W x."""

@@ -4,37 +4,47 @@
     INT4 (Thinking, K2.5)          weight_packed [O, U] int32, weight_scale [O, G] bfloat16, one per 32 inputs
 
     O, I a matrix's rows and columns · B blocks of 128 rows · G blocks of 128 columns, or groups of 32 · U words of 8
-    L place within a block or a group
+    L place within a block or a group · P rows of a panel, some of a matrix's
 
 Despite its name weight_scale_inv is multiplied: weight = code x scale (DeepSeek-V3, README_WEIGHTS.md). Where a matrix
 does not divide by 128 its last blocks are smaller: kv_a_proj_with_mqa has 576 rows and 5 rows of scales.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .products import OneRow, float32_product, panels, wants_float32
+
 BLOCK = 128
 GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
-PANEL = 2**21  # weights that are widened at a time
 FEW = 16  # rows of x from which widening the weights is worth its time
+HEADROOM = 2  # powers of two between the largest number of a float16 product's row and 1: its sums stay below 65,504
 
 
-def fp8_finite_values(code_OI):
-    """float8_e4m3fn codes as float32, exactly, 2^8 times too small: see fp8_dequantize. There must be no NaN among them.
+def fp8_halves(code_OI, room=None):
+    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see fp8_dequantize. There must be no NaN among them.
+    `room` may be int16 memory for them, of as many rows at least.
 
     On the CPU torch's own cast takes codes one by one, at half a gigabyte a second and less. Shifted by 7 bits an e4m3
     code is already a float16, sign and exponent and fraction in place, its smallest numbers too; only the exponent's
-    bias differs, by 8. And float16 is widened by an instruction of the processor.
+    bias differs, by 8.
     """
-    bits_OI = code_OI.view(torch.int8).to(torch.int16)
-    bits_OI.bitwise_left_shift_(7)
+    room = torch.empty_like(code_OI, dtype=torch.int16) if room is None else room[: len(code_OI)]
+    bits_OI = room.copy_(code_OI.view(torch.int8))
+    bits_OI.mul_(2**7)  # the shift; torch multiplies faster than it shifts
     bits_OI.bitwise_and_(-0x4080)  # the sign, and the seven bits below the shifted copy of it
-    return bits_OI.view(torch.float16).float()
+    return bits_OI.view(torch.float16)
+
+
+def fp8_finite_values(code_OI):
+    """The same as float32, to which a processor widens float16 by an instruction."""
+    return fp8_halves(code_OI).float()
 
 
 def fp8_values(code_OI):
@@ -48,12 +58,6 @@ def fp8_has_nan(code_OI) -> bool:
     return bool(code_OI.view(torch.int8).amax() == 0x7F or code_OI.view(torch.uint8).amax() == 0xFF)
 
 
-def panels(rows: int, columns: int) -> list[slice]:
-    """A matrix's rows in pieces of whole blocks, each small enough to stay in a cache while it is widened."""
-    step = max(1, PANEL // (BLOCK * columns)) * BLOCK
-    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-
-
 def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
     """code x the scale of its block, in float32, then rounded once to `dtype`; (O, I). Exact but for that rounding.
 
@@ -61,10 +65,15 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
     """
     O, I = code_OI.shape
     weight_OI = torch.empty(O, I, dtype=dtype, device=code_OI.device)
-    scale_BI = (scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=1)[:, :I]
-    for rows in panels(O, I):
+    scale_BI = by_column(scale_BG * 2.0**8, I)
+    for rows in panels(O, I, BLOCK):
         weight_OI[rows] = fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])
     return weight_OI
+
+
+def by_column(scale_BG, columns: int):
+    """Each block's scale once for every column, (B, I)."""
+    return scale_BG.repeat_interleave(BLOCK, dim=1)[:, :columns]
 
 
 def fp8_scaled(value_OI, scale_BI):
@@ -84,9 +93,8 @@ def fp8_product(x_MI, code_OI, scale_BG, values=fp8_values):
     be fp8_finite_values where no code is NaN.
     """
     wide, (O, I) = torch.promote_types(x_MI.dtype, torch.float32), code_OI.shape
-    scale_BI = (scale_BG * 2.0**8).to(wide).repeat_interleave(BLOCK, dim=1)[:, :I]
-    x_BMI = x_MI.to(wide) * scale_BI.unsqueeze(1)
-    parts = [part for rows in panels(O, I) for part in panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))]
+    x_BMI = x_MI.to(wide) * by_column(scale_BG.to(wide) * 2.0**8, I).unsqueeze(1)
+    parts = [part for rows in panels(O, I, BLOCK) for part in panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))]
     return torch.cat(parts, dim=-1).to(x_MI.dtype)
 
 
@@ -97,6 +105,35 @@ def panel_products(x_BMI, value_OI):
     yield blocks.transpose(0, 1).flatten(1)
     if whole * BLOCK < len(value_OI):
         yield x_BMI[whole] @ value_OI[whole * BLOCK :].mT
+
+
+def fp8_row_product(x_I, code_OI, scale_BG):
+    """W x for one row of bfloat16, (I,) -> (O,), by torch's float16 kernel, which sums in float32: codes are float16
+    numbers as they are, and what a product of one row takes is mostly time to make them. No code may be NaN.
+
+    x times scale is rounded to float16, which has three bits more than bfloat16. So that it fits there, however large or
+    small x is, all of it is scaled by a power of two, and the answer back.
+    """
+    O, I = code_OI.shape
+    power = min(max(math.frexp(float(x_I.abs().amax()) * float(scale_BG.abs().amax()))[1] + HEADROOM, -120), 120)
+    half_BI, y_O = (x_I.float() * 2.0**-power * by_column(scale_BG, I)).half(), torch.empty(O, dtype=torch.float16)
+    pieces = panels(O, I, BLOCK)
+    room = torch.empty(pieces[0].stop, I, dtype=torch.int16)
+    for rows in pieces:
+        half_PI = fp8_halves(code_OI[rows], room)
+        for begin in range(rows.start, rows.stop, BLOCK):
+            block = slice(begin - rows.start, begin - rows.start + BLOCK)
+            torch.mv(half_PI[block], half_BI[begin // BLOCK], out=y_O[rows][block])
+    return (y_O.float() * 2.0 ** (power + 8)).to(x_I.dtype)
+
+
+def fp8_many_rows_product(x_MI, code_OI, scale_BG, values=fp8_values):
+    """x W^T for many rows, (..., M, O): the weights are widened, to x's dtype or to the one that the CPU multiplies in."""
+    O, I = code_OI.shape
+    if not wants_float32(x_MI):
+        return F.linear(x_MI, fp8_dequantize(code_OI, scale_BG, x_MI.dtype, values))
+    scale_BI = by_column(scale_BG * 2.0**8, I)
+    return float32_product(x_MI, panels(O, I, BLOCK), lambda rows: fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :]))
 
 
 def fp8_quantize(weight_OI):
@@ -152,17 +189,25 @@ class FP8Linear(nn.Module):
         return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype))
 
 
-class FP8CodesLinear(FP8Linear):
+class FP8CodesLinear(OneRow, FP8Linear):
     """The same for a CPU, where few rows of x meet the codes themselves."""
 
     def __init__(self, code_OI, scale_BG, values=None):
         super().__init__(code_OI, scale_BG)
         self.values = values  # fp8_values or fp8_finite_values; known once the codes have been looked at
 
-    def forward(self, x_MI):
+    def one_row(self, x_I):
+        """W x, (I,) -> (O,)."""
+        self.values = self.values or self.reading()
+        if x_I.dtype == torch.bfloat16 and self.values is fp8_finite_values:
+            return fp8_row_product(x_I, self.weight, self.weight_scale_inv)
+        return fp8_product(x_I[None], self.weight, self.weight_scale_inv, self.values)[0]
+
+    def many_rows(self, x_MI):
+        """x W^T, (..., M, I) -> (..., M, O)."""
         self.values = self.values or self.reading()
         if x_MI.shape[:-1].numel() >= FEW:
-            return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype, self.values))
+            return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.values)
         rows = x_MI.reshape(-1, x_MI.shape[-1])
         return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
 

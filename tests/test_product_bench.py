@@ -8,7 +8,7 @@ from small import assert_close, small_config
 from torch import nn
 
 from k2 import product_bench
-from k2.one_row import RowLinear
+from k2.products import RowLinear
 
 CONFIG = replace(small_config(), hidden_size=256, moe_intermediate_size=128)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from small import assert_close, assert_same, relative_error
 
-from k2 import quantization
+from k2 import products, quantization
 from k2.quantization import (
     FP8CodesLinear,
     FP8Linear,
@@ -18,6 +18,7 @@ from k2.quantization import (
     INT4Linear,
     fp8_dequantize,
     fp8_quantize,
+    fp8_row_product,
     fp8_values,
     int4_dequantize,
     int4_kernel_order,
@@ -249,14 +250,58 @@ def test_int4_linear_is_f_linear_with_the_dequantised_matrix(dtype):
 def test_few_rows_meet_the_codes_and_get_the_dequantised_product(rows, columns, dtype, limit):
     codes, scales = codes_and_scales(rows, columns)
     exact = codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    for panel in (1, quantization.PANEL):  # a block of rows at a time, and all at once
+    for panel in (1, products.PANEL):  # a block of rows at a time, and all at once
         for count in (1, 3, quantization.FEW - 1):
             x = normal(count, columns, seed=count).to(dtype)
-            with mock.patch.object(quantization, "PANEL", panel):
+            with mock.patch.object(products, "PANEL", panel):
                 found = FP8CodesLinear(codes, scales)(x)
             assert_close(found, x.double() @ exact.T, limit, f"{count} rows, panels of {panel}")
     many = normal(2, quantization.FEW, columns).to(dtype)
-    assert_same(FP8CodesLinear(codes, scales)(many), FP8Linear(codes, scales)(many), "many rows")
+    with mock.patch.object(products, "has_bfloat16", lambda: True):
+        assert_same(FP8CodesLinear(codes, scales)(many), FP8Linear(codes, scales)(many), "many rows")
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("rows, columns", [*RAGGED, (130, 18432)])
+def test_one_row_of_bfloat16_is_as_exact_at_any_size_and_whatever_its_scales(rows, columns, size):
+    codes, scales = codes_and_scales(rows, columns)
+    scales = scales * 2.0 ** torch.arange(-12, 12).repeat(-(-scales.numel() // 24))[: scales.numel()].view_as(scales)
+    exact = codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    x = (normal(columns) * size).to(torch.bfloat16)
+    for panel in (1, products.PANEL):
+        with mock.patch.object(products, "PANEL", panel):
+            found = fp8_row_product(x, codes, scales)
+        assert found.dtype == torch.bfloat16
+        assert_close(found, exact @ x.double(), 4e-3, f"panels of {panel}")
+
+
+def test_one_row_of_the_largest_codes_does_not_overflow_float16():
+    codes, x = torch.full((1, 18432), 448.0).to(torch.float8_e4m3fn), torch.ones(18432, dtype=torch.bfloat16)  # K2's widest matrix
+    assert_close(fp8_row_product(x, codes, torch.ones(1, 144)), torch.tensor([18432 * 448.0], dtype=torch.float64), 4e-3, "sum")
+
+
+def test_one_row_of_zeros_is_zero_and_what_is_not_finite_stays_it():
+    codes, scales = codes_and_scales(140, 200)
+    zero = torch.zeros(200, dtype=torch.bfloat16)
+    assert_same(fp8_row_product(zero, codes, scales), torch.zeros(140, dtype=torch.bfloat16), "zeros")
+    for bad in (math.nan, math.inf):
+        x = zero.clone()
+        x[7] = bad
+        assert not fp8_row_product(x, codes, scales).isfinite().any(), bad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_rows_meet_widened_codes_where_the_processor_has_no_bfloat16(monkeypatch, dtype):
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    for rows, columns in RAGGED:
+        codes, scales = codes_and_scales(rows, columns)
+        exact = fp8_dequantize(codes, scales, torch.float64)
+        x = normal(2, quantization.FEW, columns).to(dtype)
+        for panel in (1, products.PANEL):
+            monkeypatch.setattr(products, "PANEL", panel)
+            found = FP8CodesLinear(codes, scales)(x)
+            assert found.shape == (2, quantization.FEW, rows) and found.dtype == dtype
+            assert_close(found, x.double() @ exact.T, 4e-3 if dtype == torch.bfloat16 else 2e-6, f"{rows} x {columns}, panels of {panel}")
 
 
 def test_the_smallest_codes_count_in_a_product_of_few_rows():

@@ -1,0 +1,85 @@
+"""The product of a matrix with some rows, x W^T: what a CPU does differently from F.linear, and when.
+
+    one row      a token that is decoded. It is bound by reading the matrix once, F.linear is made for more, and torch.mv
+                 reads bfloat16 faster (`python -m k2 bench --products` shows both). compiled.py puts a compiled function in
+                 the same place.
+    many rows    a prompt. It is bound by arithmetic, and most processors outside servers have none for bfloat16: F.linear
+                 then converts as it goes, and takes three to four times as long as converting a panel of the matrix to
+                 float32 and multiplying there. That is no less exact: either way sums are float32, and rounded once.
+
+    M rows sent here · I, O a matrix's columns (inputs) and rows (outputs)
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
+SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
+INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # any of these is arithmetic for bfloat16, and F.linear uses it
+
+
+class OneRow:
+    """A module's other way: `one_row` where x is a single row, (I,) -> O numbers, and `many_rows` for whatever else."""
+
+    def forward(self, x_MI):
+        if x_MI.shape[:-1].numel() != 1:
+            return self.many_rows(x_MI)
+        return self.one_row(x_MI.flatten()).view(*x_MI.shape[:-1], -1)
+
+
+def wants_mv(dtype, device) -> bool:
+    """Whether torch.mv is the faster way for a single row."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
+def wants_float32(x_MI) -> bool:
+    """Whether a product of many rows like these is faster in float32."""
+    return x_MI.dtype == torch.bfloat16 and x_MI.device.type == "cpu" and not has_bfloat16()
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; one that is not x86, which torch does not say it of, is taken to."""
+    found = torch.cpu.get_capabilities()
+    return found.get("architecture") != "x86_64" or any(found.get(name) for name in INSTRUCTIONS)
+
+
+def panels(rows: int, columns: int, unit: int = 1) -> list[slice]:
+    """A matrix's rows in pieces of whole units, each small enough to stay in a cache while it is widened."""
+    step = max(1, PANEL // (unit * columns)) * unit
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def single_row_product(x_I, weight_OI):
+    """W x, (I,) -> (O,), by the kernel that every such product of one row takes, wherever its matrix comes from."""
+    return torch.mv(weight_OI, x_I) if wants_mv(weight_OI.dtype, weight_OI.device) else F.linear(x_I[None], weight_OI)[0]
+
+
+def many_rows_product(x_MI, weight_OI):
+    """x W^T, (..., M, I) -> (..., M, O), by the kernel that every such product of many rows takes."""
+    if x_MI.shape[:-1].numel() < SOME or not wants_float32(x_MI):
+        return F.linear(x_MI, weight_OI)
+    return float32_product(x_MI, panels(*weight_OI.shape), lambda rows: weight_OI[rows].float())
+
+
+def float32_product(x_MI, pieces: list[slice], widened):
+    """x W^T in x's dtype, computed in float32, the matrix asked for a panel at a time: `widened(rows)`, float32."""
+    wide_MI, y_MO = x_MI.float(), x_MI.new_empty(*x_MI.shape[:-1], pieces[-1].stop)
+    for rows in pieces:
+        y_MO[..., rows] = F.linear(wide_MI, widened(rows))
+    return y_MO
+
+
+class RowLinear(OneRow, nn.Linear):
+    """nn.Linear without bias that takes the faster kernel for a single row, and for many."""
+
+    def one_row(self, x_I):
+        """W x, (I,) -> (O,)."""
+        return single_row_product(x_I, self.weight)
+
+    def many_rows(self, x_MI):
+        """x W^T, (..., M, I) -> (..., M, O)."""
+        return many_rows_product(x_MI, self.weight)

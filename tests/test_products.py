@@ -1,0 +1,106 @@
+"""On a CPU a single row of bfloat16 takes another kernel, and many rows may: the product is the same."""
+
+import pytest
+import torch
+from small import assert_close, assert_same, numbers, random_ids, random_model, small_config
+
+import k2
+from k2 import products, quantization
+from k2.checkpoint import Checkpoint, RowHead, load, plain_linear, save
+from k2.offload import store_of, weight_bytes
+from k2.products import RowLinear, has_bfloat16, many_rows_product, wants_mv
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40,), (1, 1, 40), (2, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype):
+    linear = plain_linear(numbers(24, 40, dtype=dtype), torch.device("cpu"))
+    assert isinstance(linear, RowLinear) == (dtype == torch.bfloat16)
+    x, right = numbers(*shape, seed=1, dtype=dtype), numbers(24, 40, dtype=dtype).double()
+    assert linear(x).shape == (*shape[:-1], 24) and linear(x).dtype == dtype
+    assert_close(linear(x), x.double() @ right.T, 1e-2 if dtype == torch.bfloat16 else 1e-6, "product")
+
+
+def test_a_loaded_models_matrices_and_head_take_the_cpus_kernel(tmp_path, monkeypatch):
+    model = random_model(small_config()).to(torch.bfloat16)
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model", dtype=None)
+    assert isinstance(loaded.lm_head, RowHead) and isinstance(loaded.model.layers[1].self_attn.o_proj, RowLinear)
+    taken, real = [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(weight.shape) or real(weight, x))
+    logits = loaded(torch.tensor([3]))
+    assert tuple(loaded.lm_head.weight.shape) in map(tuple, taken) and logits.dtype == torch.float32 and len(taken) > 10
+    assert_close(logits, random_model(small_config()).float()(torch.tensor([3])), 5e-2, "logits")
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, "auto"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("arithmetic", [False, True])
+def test_an_expert_from_a_disk_takes_the_kernels_of_a_resident_one(tmp_path, monkeypatch, format, dtype, compiled, arithmetic):
+    """Small matrices give the same bits by any kernel. So here each kernel is made to leave its mark."""
+    mv, in_float32 = torch.mv, products.float32_product
+    monkeypatch.setattr(torch, "mv", lambda weight, x, **out: mv(weight, 1.25 * x, **out))
+    monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
+    for module in (products, quantization):
+        monkeypatch.setattr(module, "float32_product", lambda x_MI, *given: in_float32(1.5 * x_MI, *given))
+    monkeypatch.setattr(products, "SOME", 2)
+    monkeypatch.setattr(quantization, "FEW", 2)
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *given: 0.75 * function(*given))
+    config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
+    save(random_model(config), tmp_path / "model", format=format)
+    ids, (_, rest) = random_ids(config, 6), weight_bytes(Checkpoint(tmp_path / "model"), dtype)
+    answers = []
+    for ram in (rest + 500_000, None):
+        model, cache = k2.load(tmp_path / "model", dtype=dtype, ram=ram, compiled=compiled), k2.LatentCache(config)
+        assert (store_of(model) is None) == (ram is None)
+        answers.append(torch.cat([model(ids[:4], cache), model(ids[4:5], cache), model(ids[5:6], cache)]))
+    assert_same(*answers, "from a disk and resident")
+
+
+def test_no_row_at_all_is_not_one_row():
+    linear = RowLinear(40, 24, bias=False).to(torch.bfloat16)
+    assert linear(torch.empty(0, 40, dtype=torch.bfloat16)).shape == (0, 24)
+
+
+@pytest.mark.parametrize(("dtype", "device", "wanted"), [(torch.bfloat16, "cpu", True), (torch.float32, "cpu", False), (torch.bfloat16, "cuda", False)])
+def test_only_bfloat16_on_a_cpu_wants_another_kernel(dtype, device, wanted):
+    assert wants_mv(dtype, torch.device(device)) == wanted
+
+
+@pytest.mark.parametrize("rows", [1, products.SOME - 1, products.SOME, 3 * products.SOME])
+@pytest.mark.parametrize("panel", [1, 100, products.PANEL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_rows_are_multiplied_in_float32_where_the_processor_has_no_other_arithmetic(monkeypatch, rows, panel, dtype):
+    x, weight = numbers(2, rows, 40, dtype=dtype), numbers(30, 40, seed=1, dtype=dtype)
+    asked, real = [], products.F.linear
+    monkeypatch.setattr(products.F, "linear", lambda x, w: asked.append((x.dtype, len(w))) or real(x, w))
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "PANEL", panel)
+    found, step = many_rows_product(x, weight), max(1, panel // 40)
+    assert found.dtype == dtype and found.shape == (2, rows, 30)
+    assert_close(found, x.double() @ weight.double().T, 4e-3 if dtype == torch.bfloat16 else 1e-6, "product")
+    if dtype == torch.bfloat16 and 2 * rows >= products.SOME:
+        assert asked == [(torch.float32, len(piece)) for piece in torch.arange(30).split(step)]
+    else:
+        assert asked == [(dtype, 30)]
+
+
+def test_attentions_own_product_takes_the_same_way(tmp_path, monkeypatch):
+    config = small_config()
+    save(random_model(config).to(torch.bfloat16), tmp_path / "model")
+    loaded, ids = load(tmp_path / "model", dtype=None), random_ids(config, 2 * products.SOME)
+    plain, asked = loaded(ids), []
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "float32_product", lambda *given, real=products.float32_product: asked.append(given[1][-1].stop) or real(*given))
+    assert_close(loaded(ids), plain, 3e-2, "logits")
+    assert asked.count(config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)) >= config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("found", "wanted"), [
+    ({"architecture": "x86_64"}, False), ({"architecture": "x86_64", "avx512_bf16": True}, True), ({"architecture": "x86_64", "amx_bf16": True}, True),
+    ({"architecture": "x86_64", "avx2": True, "avx512_f": True}, False), ({"architecture": "aarch64"}, True), ({}, True),
+])  # fmt: skip
+def test_a_processor_without_bfloat16_is_known_by_what_torch_says_of_it(monkeypatch, found, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert has_bfloat16.__wrapped__() == wanted

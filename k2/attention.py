@@ -9,6 +9,7 @@
 
     T tokens in this call · S tokens attended to · D hidden · H heads · N no-position part of a head · R rotary part
     A = N + R · V value width · Q query rank · C kv rank · M rows of kv_b_proj that belong to the heads at hand
+    I, O columns and rows of whichever matrix a product is with
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1; K2 halves the heads to 64 (report, section 2.3). Two forms of the same
 mathematics: the expanded one builds every head's keys and values, cheapest when many tokens attend at once; the
@@ -34,6 +35,11 @@ def causal_mask(T: int, S: int, device):
     return position_S <= position_S[S - T :, None]
 
 
+def product(x_MI, weight_OI):
+    """x W^T for some rows of x and of W, either of which may be a batch: (..., M, I), (..., O, I) -> (..., M, O)."""
+    return x_MI @ weight_OI.mT
+
+
 class ScaledDotProduct(nn.Module):
     """softmax(scale q k^T + causal mask) v. A module without weights, so that training can watch q and k with a hook."""
 
@@ -57,7 +63,7 @@ class ScaledDotProduct(nn.Module):
 class MultiHeadLatentAttention(nn.Module):
     """x (..., T, D) -> (..., T, D). With a cache the T tokens stand behind those that it holds, and are added to it."""
 
-    product = staticmethod(F.linear)  # of latents with kv_b_proj's rows; a loader may put one here that a processor does faster
+    product = staticmethod(product)  # with what is no module of its own; a loader may put one here that a processor does faster
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -144,12 +150,12 @@ class MultiHeadLatentAttention(nn.Module):
         key_HNC, value_HVC = self.up_projections()
         H, T, S = q_nope_HTN.shape[-3], q_nope_HTN.shape[-2], c_kv_SC.shape[-2]
         q_latent_HTC = q_nope_HTN @ key_HNC
-        scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT + q_rope_HTR.flatten(-3, -2) @ k_rope_SR.mT
+        scores_MS = self.product(q_latent_HTC.flatten(-3, -2), c_kv_SC) + self.product(q_rope_HTR.flatten(-3, -2), k_rope_SR)
         # The softmax is float32: its sum runs over up to 131,072 terms, and bfloat16 would stop adding after 256.
         wide_HTS = scores_MS.unflatten(-2, (H, T)).to(torch.promote_types(scores_MS.dtype, torch.float32))
         wide_HTS = (wide_HTS * self.config.softmax_scale).masked_fill(~causal_mask(T, S, wide_HTS.device), -torch.inf)
         weights_HTS = wide_HTS.softmax(dim=-1).to(c_kv_SC.dtype)
-        mixed_HTC = (weights_HTS.flatten(-3, -2) @ c_kv_SC).unflatten(-2, (H, T))
+        mixed_HTC = self.product(weights_HTS.flatten(-3, -2), c_kv_SC.mT).unflatten(-2, (H, T))
         return (value_HVC @ mixed_HTC.mT).mT  # the matrix first: as a transposed second factor it would be copied
 
 

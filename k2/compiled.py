@@ -72,9 +72,9 @@ class Compiled(OneRow, nn.Module):
         """The module as it is."""
         return self.plain(x_MI)
 
-    def one_row(self, x_I):
+    def one_row(self, x_MI):
         """The function that stands in for it."""
-        return self.function(x_I[None], *self.weights)
+        return self.function(x_MI.view(1, -1), *self.weights).view(*x_MI.shape[:-1], -1)
 
 
 class Compiler:

@@ -436,9 +436,9 @@ class WideningLinear(OneRow, nn.Module):
         """x W^T."""
         return many_rows_product(x_MI, self.widened(x_MI.dtype))
 
-    def one_row(self, x_I):
+    def one_row(self, x_MI):
         """W x."""
-        return single_row_product(x_I, self.widened(x_I.dtype))
+        return single_row_product(x_MI, self.widened(x_MI.dtype))
 
     def widened(self, dtype):
         """The matrix, (O, I). What the store hands out has no NaN among its codes."""

@@ -7,7 +7,7 @@
                  then converts as it goes, and takes three to four times as long as converting a panel of the matrix to
                  float32 and multiplying there. That is no less exact: either way sums are float32, and rounded once.
 
-    M rows sent here · I, O a matrix's columns (inputs) and rows (outputs)
+    M rows sent here, N with any batch folded in · I, O a matrix's columns (inputs) and rows (outputs)
 """
 
 import functools
@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import nn
 
 PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
+LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
+MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # any of these is arithmetic for bfloat16, and F.linear uses it
 
 
 class OneRow:
-    """A module's other way: `one_row` where x is a single row, (I,) -> O numbers, and `many_rows` for whatever else."""
+    """A module's other way: `one_row` where x is a single row, (..., I) all of whose leading axes are 1, and `many_rows`
+    for whatever else; both -> (..., O). It runs hundreds of times a token, so it asks for as little as it can."""
 
     def forward(self, x_MI):
-        if x_MI.shape[:-1].numel() != 1:
-            return self.many_rows(x_MI)
-        return self.one_row(x_MI.flatten()).view(*x_MI.shape[:-1], -1)
+        return self.one_row(x_MI) if x_MI.numel() == x_MI.shape[-1] else self.many_rows(x_MI)
 
 
 def wants_mv(dtype, device) -> bool:
@@ -53,13 +54,17 @@ def panels(rows: int, columns: int, unit: int = 1) -> list[slice]:
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-def single_row_product(x_I, weight_OI):
-    """W x, (I,) -> (O,), by the kernel that every such product of one row takes, wherever its matrix comes from."""
-    return torch.mv(weight_OI, x_I) if wants_mv(weight_OI.dtype, weight_OI.device) else F.linear(x_I[None], weight_OI)[0]
+def single_row_product(x_MI, weight_OI):
+    """W x, (..., I) -> (..., O), by the kernel that every such product of one row takes, wherever its matrix comes from."""
+    if weight_OI.numel() < LARGE or not wants_mv(weight_OI.dtype, weight_OI.device):
+        return F.linear(x_MI, weight_OI)
+    return torch.mv(weight_OI, x_MI.flatten()).view(*x_MI.shape[:-1], -1)
 
 
 def many_rows_product(x_MI, weight_OI):
-    """x W^T, (..., M, I) -> (..., M, O), by the kernel that every such product of many rows takes."""
+    """x W^T, (..., M, I) -> (..., M, O), by the kernel that every such product of many rows takes. W may be a batch, (..., O, I)."""
+    if weight_OI.ndim > 2:
+        return x_MI @ weight_OI.mT
     if x_MI.shape[:-1].numel() < SOME or not wants_float32(x_MI):
         return F.linear(x_MI, weight_OI)
     return float32_product(x_MI, panels(*weight_OI.shape), lambda rows: weight_OI[rows].float())
@@ -67,18 +72,20 @@ def many_rows_product(x_MI, weight_OI):
 
 def float32_product(x_MI, pieces: list[slice], widened):
     """x W^T in x's dtype, computed in float32, the matrix asked for a panel at a time: `widened(rows)`, float32."""
-    wide_MI, y_MO = x_MI.float(), x_MI.new_empty(*x_MI.shape[:-1], pieces[-1].stop)
+    wide_NI, O = x_MI.flatten(0, -2).float(), pieces[-1].stop
+    y_NO = x_MI.new_empty(len(wide_NI), O)
     for rows in pieces:
-        y_MO[..., rows] = F.linear(wide_MI, widened(rows))
-    return y_MO
+        # Fewer rows than MANY are the second factor, W x^T: as the first, some 16 to 48 of them take up to twice as long.
+        y_NO[:, rows] = F.linear(widened(rows), wide_NI).mT if len(wide_NI) < MANY else F.linear(wide_NI, widened(rows))
+    return y_NO.view(*x_MI.shape[:-1], O)
 
 
 class RowLinear(OneRow, nn.Linear):
     """nn.Linear without bias that takes the faster kernel for a single row, and for many."""
 
-    def one_row(self, x_I):
-        """W x, (I,) -> (O,)."""
-        return single_row_product(x_I, self.weight)
+    def one_row(self, x_MI):
+        """W x, (..., I) -> (..., O)."""
+        return single_row_product(x_MI, self.weight)
 
     def many_rows(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""

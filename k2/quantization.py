@@ -196,18 +196,22 @@ class FP8CodesLinear(OneRow, FP8Linear):
         super().__init__(code_OI, scale_BG)
         self.values = values  # fp8_values or fp8_finite_values; known once the codes have been looked at
 
-    def one_row(self, x_I):
-        """W x, (I,) -> (O,)."""
+    def one_row(self, x_MI):
+        """W x, (..., I) -> (..., O)."""
         self.values = self.values or self.reading()
-        if x_I.dtype == torch.bfloat16 and self.values is fp8_finite_values:
-            return fp8_row_product(x_I, self.weight, self.weight_scale_inv)
-        return fp8_product(x_I[None], self.weight, self.weight_scale_inv, self.values)[0]
+        if x_MI.dtype != torch.bfloat16 or self.values is not fp8_finite_values:
+            return self.few_rows(x_MI)
+        return fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv).view(*x_MI.shape[:-1], -1)
 
     def many_rows(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""
         self.values = self.values or self.reading()
-        if x_MI.shape[:-1].numel() >= FEW:
-            return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.values)
+        if x_MI.shape[:-1].numel() < FEW:
+            return self.few_rows(x_MI)
+        return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.values)
+
+    def few_rows(self, x_MI):
+        """The same."""
         rows = x_MI.reshape(-1, x_MI.shape[-1])
         return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
 

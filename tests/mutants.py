@@ -170,7 +170,7 @@ MUTANTS = (
     ),
     Mutant(
         "the absorbed form without the rotary scores", "attention.py",
-        "scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT + q_rope_HTR.flatten(-3, -2) @ k_rope_SR.mT", "scores_MS = q_latent_HTC.flatten(-3, -2) @ c_kv_SC.mT",
+        "scores_MS = self.product(q_latent_HTC.flatten(-3, -2), c_kv_SC) + self.product(q_rope_HTR.flatten(-3, -2), k_rope_SR)", "scores_MS = self.product(q_latent_HTC.flatten(-3, -2), c_kv_SC)",
         "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
     ),
     # ---- attention and its past ----

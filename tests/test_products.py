@@ -13,7 +13,9 @@ from k2.products import RowLinear, has_bfloat16, many_rows_product, wants_mv
 
 @pytest.mark.parametrize("shape", [(1, 40), (40,), (1, 1, 40), (2, 40)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype):
+@pytest.mark.parametrize("large", [1, products.LARGE])
+def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype, large, monkeypatch):
+    monkeypatch.setattr(products, "LARGE", large)
     linear = plain_linear(numbers(24, 40, dtype=dtype), torch.device("cpu"))
     assert isinstance(linear, RowLinear) == (dtype == torch.bfloat16)
     x, right = numbers(*shape, seed=1, dtype=dtype), numbers(24, 40, dtype=dtype).double()
@@ -27,6 +29,7 @@ def test_a_loaded_models_matrices_and_head_take_the_cpus_kernel(tmp_path, monkey
     loaded = load(tmp_path / "model", dtype=None)
     assert isinstance(loaded.lm_head, RowHead) and isinstance(loaded.model.layers[1].self_attn.o_proj, RowLinear)
     taken, real = [], torch.mv
+    monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(weight.shape) or real(weight, x))
     logits = loaded(torch.tensor([3]))
     assert tuple(loaded.lm_head.weight.shape) in map(tuple, taken) and logits.dtype == torch.float32 and len(taken) > 10
@@ -45,6 +48,7 @@ def test_an_expert_from_a_disk_takes_the_kernels_of_a_resident_one(tmp_path, mon
     for module in (products, quantization):
         monkeypatch.setattr(module, "float32_product", lambda x_MI, *given: in_float32(1.5 * x_MI, *given))
     monkeypatch.setattr(products, "SOME", 2)
+    monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(quantization, "FEW", 2)
     monkeypatch.setattr(torch, "compile", lambda function: lambda *given: 0.75 * function(*given))
     config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
@@ -68,22 +72,23 @@ def test_only_bfloat16_on_a_cpu_wants_another_kernel(dtype, device, wanted):
     assert wants_mv(dtype, torch.device(device)) == wanted
 
 
-@pytest.mark.parametrize("rows", [1, products.SOME - 1, products.SOME, 3 * products.SOME])
+@pytest.mark.parametrize("rows", [1, products.SOME - 1, products.SOME, products.MANY])
 @pytest.mark.parametrize("panel", [1, 100, products.PANEL])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_many_rows_are_multiplied_in_float32_where_the_processor_has_no_other_arithmetic(monkeypatch, rows, panel, dtype):
     x, weight = numbers(2, rows, 40, dtype=dtype), numbers(30, 40, seed=1, dtype=dtype)
     asked, real = [], products.F.linear
-    monkeypatch.setattr(products.F, "linear", lambda x, w: asked.append((x.dtype, len(w))) or real(x, w))
+    monkeypatch.setattr(products.F, "linear", lambda x, w: asked.append((x.dtype, len(x), len(w))) or real(x, w))
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     monkeypatch.setattr(products, "PANEL", panel)
     found, step = many_rows_product(x, weight), max(1, panel // 40)
     assert found.dtype == dtype and found.shape == (2, rows, 30)
     assert_close(found, x.double() @ weight.double().T, 4e-3 if dtype == torch.bfloat16 else 1e-6, "product")
     if dtype == torch.bfloat16 and 2 * rows >= products.SOME:
-        assert asked == [(torch.float32, len(piece)) for piece in torch.arange(30).split(step)]
+        pieces = [len(piece) for piece in torch.arange(30).split(step)]
+        assert asked == [(torch.float32, 2 * rows, piece) if 2 * rows >= products.MANY else (torch.float32, piece, 2 * rows) for piece in pieces]
     else:
-        assert asked == [(dtype, 30)]
+        assert asked == [(dtype, 2, 30)]
 
 
 def test_attentions_own_product_takes_the_same_way(tmp_path, monkeypatch):
@@ -95,6 +100,16 @@ def test_attentions_own_product_takes_the_same_way(tmp_path, monkeypatch):
     monkeypatch.setattr(products, "float32_product", lambda *given, real=products.float32_product: asked.append(given[1][-1].stop) or real(*given))
     assert_close(loaded(ids), plain, 3e-2, "logits")
     assert asked.count(config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)) >= config.num_hidden_layers
+
+
+def test_a_decoded_token_meets_the_latents_the_same_way(monkeypatch):
+    config = small_config(num_attention_heads=products.SOME)
+    attention = random_model(config).model.layers[0].self_attn.to(torch.bfloat16)
+    heads, latents = numbers(products.SOME, config.kv_lora_rank, dtype=torch.bfloat16), numbers(20, config.kv_lora_rank, seed=1, dtype=torch.bfloat16)
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    assert_close(many_rows_product(heads, latents), attention.product(heads, latents).double(), 8e-3, "scores")
+    batch = latents.unflatten(0, (2, 10))
+    assert_same(many_rows_product(heads.expand(2, -1, -1), batch), attention.product(heads.expand(2, -1, -1), batch), "a batch of matrices")
 
 
 @pytest.mark.parametrize(("found", "wanted"), [

@@ -2,9 +2,9 @@
 
 A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
 fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
-within that pass and never written out; whether bfloat16 gains depends on the processor (`python -m k2 bench --products
---compile` shows it). The first tokens pay for compiling, some ten to thirty seconds; prompts and INT4, which has a kernel
-of torch's own, go the plain way.
+within that pass and never written out; small matrices of bfloat16 gain on some processors, as there are fewer calls. Large
+ones are left to torch.mv, which was faster where both were measured (two Intel servers), and INT4 to torch's own kernel;
+prompts go the plain way. The first tokens pay for compiling, some ten to thirty seconds.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
     B blocks of 128 rows · G blocks of 128 columns
@@ -22,7 +22,7 @@ from .embedding import OutputHead
 from .expert import Expert
 from .model import K2
 from .moe import Experts
-from .products import OneRow
+from .products import OneRow, takes_mv
 from .quantization import BLOCK, FP8CodesLinear
 
 
@@ -97,13 +97,15 @@ class Compiler:
         if isinstance(module, Expert):
             parts = [module.gate_proj, module.up_proj, module.down_proj]
             if all(isinstance(part, nn.Linear) for part in parts):
+                if takes_mv(parts[0].weight):
+                    return module
                 return Compiled(module, self.expert, [part.weight for part in parts])
             if all(in_whole_blocks(part) for part in parts):
                 return Compiled(module, self.fp8_expert, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
-        elif isinstance(module, OutputHead):
-            return Compiled(module, self.logits, [module.weight])
         elif isinstance(module, nn.Linear):
-            return Compiled(module, self.product, [module.weight])
+            if takes_mv(module.weight):
+                return module
+            return Compiled(module, self.logits if isinstance(module, OutputHead) else self.product, [module.weight])
         elif in_whole_blocks(module):
             return Compiled(module, self.fp8_product, [module.weight, module.weight_scale_inv])
         return module

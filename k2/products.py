@@ -36,6 +36,11 @@ def wants_mv(dtype, device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
+def takes_mv(weight_OI) -> bool:
+    """Whether a single row meets this matrix in torch.mv."""
+    return weight_OI.numel() >= LARGE and wants_mv(weight_OI.dtype, weight_OI.device)
+
+
 def wants_float32(x_MI) -> bool:
     """Whether a product of many rows like these is faster in float32."""
     return x_MI.dtype == torch.bfloat16 and x_MI.device.type == "cpu" and not has_bfloat16()
@@ -56,7 +61,7 @@ def panels(rows: int, columns: int, unit: int = 1) -> list[slice]:
 
 def single_row_product(x_MI, weight_OI):
     """W x, (..., I) -> (..., O), by the kernel that every such product of one row takes, wherever its matrix comes from."""
-    if weight_OI.numel() < LARGE or not wants_mv(weight_OI.dtype, weight_OI.device):
+    if not takes_mv(weight_OI):
         return F.linear(x_MI, weight_OI)
     return torch.mv(weight_OI, x_MI.flatten()).view(*x_MI.shape[:-1], -1)
 

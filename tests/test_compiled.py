@@ -6,6 +6,7 @@ from small import assert_close, assert_same, numbers, random_ids, random_model, 
 from torch import nn
 
 import k2
+from k2 import products
 from k2.checkpoint import Checkpoint, save
 from k2.compiled import Compiled, Compiler, fp8_row_expert, fp8_row_product, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
@@ -52,6 +53,15 @@ def test_every_expert_and_every_linear_but_kv_b_is_taken_and_quantised_ones_are_
     save(random_model(small_config(hidden_size=64, moe_intermediate_size=32)), tmp_path / "model", format="int4")
     at_rest = k2.load(tmp_path / "model", dtype=None, compiled=True)
     assert not any(isinstance(module, Compiled) and ".experts." in name for name, module in at_rest.named_modules())
+
+
+def test_matrices_that_a_single_row_meets_in_torch_mv_are_left_to_it(uncompiled, monkeypatch):
+    expert, linear = Expert(40, 24).to(torch.bfloat16), nn.Linear(40, 24, bias=False).to(torch.bfloat16)
+    assert isinstance(Compiler().form_of(expert), Compiled) and isinstance(Compiler().form_of(linear), Compiled)
+    monkeypatch.setattr(products, "LARGE", 24 * 40)
+    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear
+    wide = nn.Linear(40, 24, bias=False)
+    assert isinstance(Compiler().form_of(wide), Compiled), "float32 has no torch.mv"
 
 
 def fp8_linear(rows: int, columns: int, seed: int) -> FP8CodesLinear:

@@ -1,8 +1,8 @@
 """The product of a matrix with some rows, x W^T: what a CPU does differently from F.linear, and when.
 
     one row      a token that is decoded. It is bound by reading the matrix once, F.linear is made for more, and torch.mv
-                 reads bfloat16 faster (`python -m k2 bench --products` shows both). compiled.py puts a compiled function in
-                 the same place.
+                 reads large ones of bfloat16 faster (`python -m k2 bench --products` shows both). compiled.py puts a
+                 compiled function in the same place.
     many rows    a prompt. It is bound by arithmetic, and most processors outside servers have none for bfloat16: F.linear
                  then converts as it goes, and takes three to four times as long as converting a panel of the matrix to
                  float32 and multiplying there. That is no less exact: either way sums are float32, and rounded once.
@@ -20,7 +20,7 @@ PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
 LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
 MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
-INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # any of these is arithmetic for bfloat16, and F.linear uses it
+INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # F.linear multiplies bfloat16 by any of these without a detour
 
 
 class OneRow:
@@ -32,7 +32,7 @@ class OneRow:
 
 
 def wants_mv(dtype, device) -> bool:
-    """Whether torch.mv is the faster way for a single row."""
+    """Whether a single row meets such matrices, if they are large, in torch.mv."""
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
@@ -42,8 +42,8 @@ def takes_mv(weight_OI) -> bool:
 
 
 def wants_float32(x_MI) -> bool:
-    """Whether a product of many rows like these is faster in float32."""
-    return x_MI.dtype == torch.bfloat16 and x_MI.device.type == "cpu" and not has_bfloat16()
+    """Whether a product of many rows like these is faster in float32. Not in training, which would keep the wide copies."""
+    return x_MI.dtype == torch.bfloat16 and x_MI.device.type == "cpu" and not x_MI.requires_grad and not has_bfloat16()
 
 
 @functools.cache
@@ -70,9 +70,20 @@ def many_rows_product(x_MI, weight_OI):
     """x W^T, (..., M, I) -> (..., M, O), by the kernel that every such product of many rows takes. W may be a batch, (..., O, I)."""
     if weight_OI.ndim > 2:
         return x_MI @ weight_OI.mT
-    if x_MI.shape[:-1].numel() < SOME or not wants_float32(x_MI):
+    if x_MI.shape[:-1].numel() < SOME or weight_OI.dtype != x_MI.dtype or not wants_float32(x_MI):
         return F.linear(x_MI, weight_OI)
+    if weight_OI.stride(-1) != 1:
+        return float32_sum(x_MI, weight_OI.mT)
     return float32_product(x_MI, panels(*weight_OI.shape), lambda rows: weight_OI[rows].float())
+
+
+def float32_sum(x_MI, weight_IO):
+    """x W in x's dtype, computed in float32, for a matrix that lies with a row per input: such panels' products are summed."""
+    wide_NI = x_MI.flatten(0, -2).float()
+    y_NO = wide_NI.new_zeros(len(wide_NI), weight_IO.shape[1])
+    for some in panels(*weight_IO.shape):
+        y_NO.addmm_(wide_NI[:, some], weight_IO[some].float())
+    return y_NO.to(x_MI.dtype).view(*x_MI.shape[:-1], -1)
 
 
 def float32_product(x_MI, pieces: list[slice], widened):

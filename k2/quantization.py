@@ -24,7 +24,8 @@ GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 FEW = 16  # rows of x from which widening the weights is worth its time
-HEADROOM = 2  # powers of two between the largest number of a float16 product's row and 1: its sums stay below 65,504
+FAINT = 2.0**-16  # float16 has fewer bits below 2^-14: here they are about bfloat16's
+FAINT_SHARE = 1 / 8  # of a row's numbers that may be smaller; more are, where one number is 2^14 times as large as most
 
 
 def fp8_halves(code_OI, room=None):
@@ -111,20 +112,29 @@ def fp8_row_product(x_I, code_OI, scale_BG):
     """W x for one row of bfloat16, (I,) -> (O,), by torch's float16 kernel, which sums in float32: codes are float16
     numbers as they are, and what a product of one row takes is mostly time to make them. No code may be NaN.
 
-    x times scale is rounded to float16, which has three bits more than bfloat16. So that it fits there, however large or
-    small x is, all of it is scaled by a power of two, and the answer back.
+    Each block of 128 rows has its own x times scales, brought to just below 1 by a power of two, rounded to float16, which
+    has three bits more than bfloat16, and the answer is brought back. None where float16's range is too short for that.
     """
     O, I = code_OI.shape
-    power = min(max(math.frexp(float(x_I.abs().amax()) * float(scale_BG.abs().amax()))[1] + HEADROOM, -120), 120)
-    half_BI, y_O = (x_I.float() * 2.0**-power * by_column(scale_BG, I)).half(), torch.empty(O, dtype=torch.float16)
-    pieces = panels(O, I, BLOCK)
+    x_BI = x_I.float() * by_column(scale_BG, I)
+    power_B = x_BI.abs().amax(1).frexp().exponent.clamp(-126, 126)
+    half_BI = (x_BI * power_of_two(-power_B).unsqueeze(1)).half()
+    if (half_BI.abs() < FAINT).sum() > FAINT_SHARE * half_BI.numel():
+        return None
+    y_O, pieces = torch.empty(O, dtype=torch.float16), panels(O, I, BLOCK)
     room = torch.empty(pieces[0].stop, I, dtype=torch.int16)
     for rows in pieces:
         half_PI = fp8_halves(code_OI[rows], room)
         for begin in range(rows.start, rows.stop, BLOCK):
             block = slice(begin - rows.start, begin - rows.start + BLOCK)
             torch.mv(half_PI[block], half_BI[begin // BLOCK], out=y_O[rows][block])
-    return (y_O.float() * 2.0 ** (power + 8)).to(x_I.dtype)
+    back_O = power_of_two(power_B).repeat_interleave(BLOCK)[:O]
+    return (y_O.float() * 2.0**8 * back_O).to(x_I.dtype)
+
+
+def power_of_two(exponent):
+    """2^exponent exactly, float32, for int32 exponents -126 ... 127: they are the upper bits."""
+    return (exponent + 127 << 23).view(torch.float32)
 
 
 def fp8_many_rows_product(x_MI, code_OI, scale_BG, values=fp8_values):
@@ -199,9 +209,10 @@ class FP8CodesLinear(OneRow, FP8Linear):
     def one_row(self, x_MI):
         """W x, (..., I) -> (..., O)."""
         self.values = self.values or self.reading()
-        if x_MI.dtype != torch.bfloat16 or self.values is not fp8_finite_values:
-            return self.few_rows(x_MI)
-        return fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv).view(*x_MI.shape[:-1], -1)
+        y_O = None
+        if x_MI.dtype == torch.bfloat16 and self.values is fp8_finite_values and not x_MI.requires_grad:
+            y_O = fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv)
+        return self.few_rows(x_MI) if y_O is None else y_O.view(*x_MI.shape[:-1], -1)
 
     def many_rows(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""

@@ -102,14 +102,40 @@ def test_attentions_own_product_takes_the_same_way(tmp_path, monkeypatch):
     assert asked.count(config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)) >= config.num_hidden_layers
 
 
+@torch.inference_mode()
 def test_a_decoded_token_meets_the_latents_the_same_way(monkeypatch):
+    """Three products of the absorbed form: with the latents, with the rotary keys, and with the latents lying across."""
     config = small_config(num_attention_heads=products.SOME)
-    attention = random_model(config).model.layers[0].self_attn.to(torch.bfloat16)
-    heads, latents = numbers(products.SOME, config.kv_lora_rank, dtype=torch.bfloat16), numbers(20, config.kv_lora_rank, seed=1, dtype=torch.bfloat16)
+    attention, taken = random_model(config).model.layers[0].self_attn.to(torch.bfloat16), []
+    given = [numbers(*shape, seed=seed, dtype=torch.bfloat16) for seed, shape in enumerate([
+        (products.SOME, 1, config.qk_nope_head_dim), (products.SOME, 1, config.qk_rope_head_dim), (20, config.kv_lora_rank), (20, config.qk_rope_head_dim)])]  # fmt: skip
+    plain = attention.absorbed(*given)
+    for name in ("float32_product", "float32_sum"):
+        monkeypatch.setattr(products, name, lambda *given, name=name, real=getattr(products, name): taken.append(name) or real(*given))
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    assert_close(many_rows_product(heads, latents), attention.product(heads, latents).double(), 8e-3, "scores")
-    batch = latents.unflatten(0, (2, 10))
-    assert_same(many_rows_product(heads.expand(2, -1, -1), batch), attention.product(heads.expand(2, -1, -1), batch), "a batch of matrices")
+    attention.product = many_rows_product
+    assert_close(attention.absorbed(*given), plain, 2e-2, "heads")
+    assert taken == ["float32_product", "float32_product", "float32_sum"]
+
+
+@pytest.mark.parametrize("panel", [1, 100, products.PANEL])
+def test_a_matrix_that_lies_across_is_summed_by_panels(monkeypatch, panel):
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "PANEL", panel)
+    x, across = numbers(2, products.SOME, 40, dtype=torch.bfloat16), numbers(40, 30, seed=1, dtype=torch.bfloat16)
+    found = many_rows_product(x, across.mT)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, products.SOME, 30)
+    assert_close(found, x.double() @ across.double(), 4e-3, "product")
+
+
+def test_a_batch_of_matrices_training_and_another_dtype_go_the_plain_way(monkeypatch):
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "float32_product", None)  # whoever calls it fails
+    x, weight = numbers(2, products.SOME, 40, dtype=torch.bfloat16), numbers(2, 30, 40, seed=1, dtype=torch.bfloat16)
+    assert_same(many_rows_product(x, weight), x @ weight.mT, "a batch")
+    assert_same(many_rows_product(x.requires_grad_(), weight[0]), torch.nn.functional.linear(x, weight[0]), "training")
+    with pytest.raises(RuntimeError, match="dtype"):
+        many_rows_product(x.detach(), weight[0].float())
 
 
 @pytest.mark.parametrize(("found", "wanted"), [

@@ -261,18 +261,75 @@ def test_few_rows_meet_the_codes_and_get_the_dequantised_product(rows, columns, 
         assert_same(FP8CodesLinear(codes, scales)(many), FP8Linear(codes, scales)(many), "many rows")
 
 
+def by_float64(x, codes, scales):
+    """W x, float64, straight from the definition."""
+    rows, columns = codes.shape
+    return (codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]) @ x.double()
+
+
+def assert_each_block_close(found, x, codes, scales, what):
+    """A block of rows that came out as zeros would not show in the size of the whole."""
+    for block, right in zip(found.split(128), by_float64(x, codes, scales).split(128)):
+        assert_close(block, right, 4e-3, what)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
 @pytest.mark.parametrize("rows, columns", [*RAGGED, (130, 18432)])
-def test_one_row_of_bfloat16_is_as_exact_at_any_size_and_whatever_its_scales(rows, columns, size):
+@pytest.mark.parametrize("panel", [1, products.PANEL])
+def test_one_row_of_bfloat16_is_as_exact_at_any_size_of_x(rows, columns, size, panel, monkeypatch):
+    monkeypatch.setattr(products, "PANEL", panel)
     codes, scales = codes_and_scales(rows, columns)
-    scales = scales * 2.0 ** torch.arange(-12, 12).repeat(-(-scales.numel() // 24))[: scales.numel()].view_as(scales)
-    exact = codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
     x = (normal(columns) * size).to(torch.bfloat16)
-    for panel in (1, products.PANEL):
-        with mock.patch.object(products, "PANEL", panel):
-            found = fp8_row_product(x, codes, scales)
-        assert found.dtype == torch.bfloat16
-        assert_close(found, exact @ x.double(), 4e-3, f"panels of {panel}")
+    found = fp8_row_product(x, codes, scales)
+    assert found.dtype == torch.bfloat16
+    assert_each_block_close(found, x, codes, scales, f"{size}")
+
+
+@pytest.mark.parametrize("powers", [8, 12, 24, 40])
+def test_one_row_of_bfloat16_is_as_exact_whatever_its_scales(powers):
+    codes, scales = codes_and_scales(576, 7168)
+    by_row = scales * 2.0 ** -torch.tensor([powers, 0, powers / 2, 0, powers])[:, None]
+    x = normal(7168).to(torch.bfloat16)
+    assert_each_block_close(fp8_row_product(x, codes, by_row), x, codes, by_row, "blocks of rows of different sizes")
+    tilt = 2.0 ** torch.linspace(-powers, powers, 56).round()
+    balanced = (normal(7168) * tilt.repeat_interleave(128)).to(torch.bfloat16)  # large where the scales are small
+    assert_each_block_close(fp8_row_product(balanced, codes, scales / tilt), balanced, codes, scales / tilt, "columns of different sizes")
+
+
+@pytest.mark.parametrize("outlier", [2.0**10, 2.0**13, 2.0**16, 2.0**100])
+def test_a_number_far_above_all_others_does_not_cost_them_their_bits(outlier):
+    """It may meet a code of zero, and the others are then all there is. Past float16's range float32 takes over."""
+    codes, scales = codes_and_scales(256, 7168)
+    codes = codes.clone()
+    codes.view(torch.uint8)[:, 77] = 0
+    x = normal(7168).to(torch.bfloat16)
+    x[77] = outlier
+    if outlier != 2.0**13:  # there it depends on the scales
+        assert (fp8_row_product(x, codes, scales) is None) == (outlier > 2.0**13)
+    assert_each_block_close(FP8CodesLinear(codes, scales)(x[None])[0], x, codes, scales, f"{outlier}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_single_row_of_bfloat16_takes_the_float16_kernel_unless_a_code_is_nan(dtype, monkeypatch):
+    calls, real = [], quantization.fp8_row_product
+    monkeypatch.setattr(quantization, "fp8_row_product", lambda *given: calls.append(1) or real(*given))
+    codes, scales = codes_and_scales(200, 130)
+    linear, x = FP8CodesLinear(codes, scales), normal(1, 130).to(dtype)
+    assert linear(x).shape == (1, 200) and linear(x[None]).shape == (1, 1, 200) and len(calls) == (2 if dtype == torch.bfloat16 else 0)
+    linear(x.expand(2, -1))
+    bad = codes.clone()
+    bad.view(torch.uint8)[150, 7] = 0x7F
+    calls.clear()
+    found = FP8CodesLinear(bad, scales)(x)
+    assert found[:, 150].isnan().all() and int(found.isnan().sum()) == 1 and not calls
+    leaf = x.clone().requires_grad_()
+    linear(leaf).sum().backward()
+    assert leaf.grad.isfinite().all() and not calls
+
+
+@pytest.mark.parametrize("exponent", [-126, -1, 0, 1, 126])
+def test_a_power_of_two_is_exact(exponent):
+    assert quantization.power_of_two(torch.tensor([exponent], dtype=torch.int32)).item() == 2.0**exponent
 
 
 def test_one_row_of_the_largest_codes_does_not_overflow_float16():
@@ -282,12 +339,12 @@ def test_one_row_of_the_largest_codes_does_not_overflow_float16():
 
 def test_one_row_of_zeros_is_zero_and_what_is_not_finite_stays_it():
     codes, scales = codes_and_scales(140, 200)
-    zero = torch.zeros(200, dtype=torch.bfloat16)
-    assert_same(fp8_row_product(zero, codes, scales), torch.zeros(140, dtype=torch.bfloat16), "zeros")
-    for bad in (math.nan, math.inf):
-        x = zero.clone()
+    linear = FP8CodesLinear(codes, scales)
+    assert_same(linear(torch.zeros(1, 200, dtype=torch.bfloat16)), torch.zeros(1, 140, dtype=torch.bfloat16), "zeros")
+    for bad in (math.nan, math.inf, -math.inf):
+        x = normal(200).to(torch.bfloat16)
         x[7] = bad
-        assert not fp8_row_product(x, codes, scales).isfinite().any(), bad
+        assert not linear(x[None]).isfinite().any(), bad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

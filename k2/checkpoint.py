@@ -285,7 +285,7 @@ def first_layers(config: K2Config, weight_map: dict[str, str], count: int) -> tu
         raise K2Error(f"layers: expected 1 to {config.num_hidden_layers} of them, found {count}. Name the first and the last, such as 0-3.")
     found = {name: re.search(r"layers\.(\d{1,4})\.", name) for name in weight_map}
     kept = {name: file for name, file in weight_map.items() if found[name] is None or int(found[name][1]) < count}
-    return replace(config, num_hidden_layers=count), kept
+    return replace(config, num_hidden_layers=count, first_k_dense_replace=min(config.first_k_dense_replace, count)), kept
 
 
 def identity(path: Path) -> tuple:

@@ -298,6 +298,16 @@ def test_the_first_layers_compute_what_they_do_inside_the_whole_model(saved):
     assert_same(two(IDS), whole.lm_head(whole.model.norm(states[0])), "logits after two layers")
 
 
+@pytest.mark.parametrize("ram", [None, 1_000_000])
+def test_fewer_layers_than_are_dense_are_a_model_too(tmp_path, ram):
+    model = random_model(small_config(first_k_dense_replace=2, num_hidden_layers=3))
+    checkpoint.save(model, tmp_path / "c", format="fp32")
+    first, states = k2.load(tmp_path / "c", layers=1, ram=ram), []
+    model.model.layers[0].register_forward_hook(lambda module, given, result: states.append(result))
+    model(IDS)
+    assert_same(first(IDS), model.lm_head(model.model.norm(states[0])), "logits after one layer")
+
+
 @pytest.mark.parametrize("layers", [0, -1, 4])
 def test_layers_that_the_model_has_not_are_refused(saved, layers):
     with pytest.raises(k2.K2Error, match=f"expected 1 to 3 of them, found {layers}"):

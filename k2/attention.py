@@ -153,7 +153,7 @@ class MultiHeadLatentAttention(nn.Module):
         scores_MS = self.product(q_latent_HTC.flatten(-3, -2), c_kv_SC) + self.product(q_rope_HTR.flatten(-3, -2), k_rope_SR)
         # The softmax is float32: its sum runs over up to 131,072 terms, and bfloat16 would stop adding after 256.
         wide_HTS = scores_MS.unflatten(-2, (H, T)).to(torch.promote_types(scores_MS.dtype, torch.float32))
-        wide_HTS = (wide_HTS * self.config.softmax_scale).masked_fill(~causal_mask(T, S, wide_HTS.device), -torch.inf)
+        wide_HTS.mul_(self.config.softmax_scale).masked_fill_(~causal_mask(T, S, wide_HTS.device), -torch.inf)
         weights_HTS = wide_HTS.softmax(dim=-1).to(c_kv_SC.dtype)
         mixed_HTC = self.product(weights_HTS.flatten(-3, -2), c_kv_SC.mT).unflatten(-2, (H, T))
         return (value_HVC @ mixed_HTC.mT).mT  # the matrix first: as a transposed second factor it would be copied

@@ -165,7 +165,7 @@ MUTANTS = (
     ),
     Mutant(
         "the absorbed form without the softmax scale", "attention.py",
-        "wide_HTS * self.config.softmax_scale", "wide_HTS",
+        "wide_HTS.mul_(self.config.softmax_scale)", "wide_HTS",
         "tests/test_attention.py::test_the_absorbed_form_equals_the_expanded_form",
     ),
     Mutant(

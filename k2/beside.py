@@ -32,6 +32,7 @@ MID = {  # a random model of ordinary proportions: 0.4 billion weights
 
 
 TIMES = 5  # each process measures so often
+LOGITS = 4096  # of the vocabulary's first ids are compared
 
 
 def bench(mini: Path, prompt: int = 512, new: int = 64, rounds: int = 3):
@@ -74,12 +75,20 @@ def compare(name: str, directory: Path, prompt: int, new: int, rounds: int, dtyp
             ratios = sorted(ours[key] / theirs[key] for ours, theirs in zip(runs[engine], runs["transformers"]))
             print(f"{engine}: {key} {median(ratios):.2f} times transformers ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     print(f"same greedy tokens: {agreement([r['ids'] for results in runs.values() for r in results])}")
+    for engine in list(runs)[:-1]:
+        print(f"{engine}: logits behind the prompt apart from transformers' by {apart(runs[engine][0]['logits'], runs['transformers'][0]['logits']):.1e} of their spread")
 
 
 def agreement(texts: list[list[int]]) -> str:
     """yes, or NO and where they part; in bfloat16 each engine rounds at other places, and random weights have many near ties."""
     same = next((n for n, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), len(texts[0]))
     return "yes" if same == len(texts[0]) else f"NO, they part after {same} of {len(texts[0])}"
+
+
+def apart(ours: list[float], theirs: list[float]) -> float:
+    """The root mean square of the difference over the standard deviation of the second."""
+    ours_W, theirs_W = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    return ((ours_W - theirs_W).square().mean().sqrt() / theirs_W.std()).item()
 
 
 def run_child(engine: str, directory: Path, prompt: int, new: int, dtype: str) -> dict:
@@ -102,25 +111,25 @@ def child(engine: str, directory: str, prompt: int, new: int, dtype) -> dict:
     seconds = {"prefill": [], "decode": []}
     for _ in range(TIMES):
         before = time.perf_counter()
-        first, step = begin(ids)
+        logits_W, step = begin(ids)
+        chosen = [int(logits_W.argmax())]
         after = time.perf_counter()
-        chosen = [first]
         for _ in range(new):
             chosen.append(step(chosen[-1]))
         seconds["prefill"].append(after - before)
         seconds["decode"].append(time.perf_counter() - after)
     first = median(seconds["prefill"])
     return {"load": loaded - started, "first": first, "prefill": prompt / first, "decode": new / median(seconds["decode"]),
-            "peak": peak_megabytes(), "ids": chosen, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+            "peak": peak_megabytes(), "ids": chosen, "logits": logits_W[:LOGITS].tolist(), "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
 
 
 def ours(directory: str, dtype, compiled: bool = False):
-    """begin(ids) -> (first id, step), with step(id) -> next id; this project."""
+    """begin(ids) -> (logits (W,) behind them, step), with step(id) -> next id; this project."""
     model = load(directory, dtype=dtype, compiled=compiled)
 
     def begin(ids):
         cache = LatentCache(model.config)
-        return int(prefill(model, ids, cache).argmax()), lambda i: int(decode(model, i, cache).argmax())
+        return prefill(model, ids, cache), lambda i: int(decode(model, i, cache).argmax())
 
     return begin
 
@@ -141,10 +150,10 @@ def theirs(directory: str, dtype):
     @torch.inference_mode()
     def run(ids, cache):
         out = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax())
+        return out.logits[0, -1]
 
     def begin(ids):
         cache = transformers.DynamicCache()
-        return run(ids, cache), lambda i: run([i], cache)
+        return run(ids, cache), lambda i: int(run([i], cache).argmax())
 
     return begin

@@ -1,5 +1,7 @@
 """The benchmark: both engines run the same checkpoint to the same tokens, and what is printed is what was measured."""
 
+import re
+
 import pytest
 import torch
 from small import random_model, small_config
@@ -24,7 +26,8 @@ def children_in_process(monkeypatch):
 
 def test_a_measurement_is_of_this_many_tokens(directory):
     found = beside.child("k2", str(directory), 70, 5, torch.float32)
-    assert len(found["ids"]) == 6 and found["prefill"] == pytest.approx(70 / found["first"])
+    assert len(found["ids"]) == 6 and len(found["logits"]) == 4096 and found["logits"].index(max(found["logits"])) == found["ids"][0]
+    assert found["prefill"] == pytest.approx(70 / found["first"])
     assert all(found[key] > 0 for key in ("load", "first", "prefill", "decode", "peak"))
 
 
@@ -33,14 +36,19 @@ def test_both_engines_choose_the_same_tokens(directory, children_in_process, cap
     pytest.importorskip("transformers", reason="tests/requirements-oracles.txt is not installed")
     beside.compare("small", directory, 70, 5, 1)
     printed = capsys.readouterr().out
+    assert float(re.search(r"by (\S+) of their spread", printed)[1]) < 1e-5
     assert "same greedy tokens: yes" in printed and printed.count("times transformers") == 2
+
+
+LOGITS = {"transformers": [-1.0, 0.0, 1.0], "k2": [-0.5, 0.5, 1.5]}
 
 
 def test_tokens_that_differ_are_shouted(directory, monkeypatch, capsys):
     fake = {"load": 1.0, "first": 1.0, "prefill": 10.0, "decode": 3.0, "peak": 7.0}
-    monkeypatch.setattr(beside, "run_child", lambda engine, *_: {**fake, "decode": {"k2": 6.0, "transformers": 3.0}[engine], "ids": [len(engine)], "dtype": "float32"})
+    monkeypatch.setattr(beside, "run_child", lambda engine, *_: {**fake, "decode": {"k2": 6.0, "transformers": 3.0}[engine], "ids": [len(engine)], "logits": LOGITS[engine], "dtype": "float32"})
     beside.compare("small", directory, 70, 5, 3)
     printed = capsys.readouterr().out
+    assert "logits behind the prompt apart from transformers' by 5.0e-01 of their spread" in printed
     assert "same greedy tokens: NO" in printed and "k2: decode 2.00 times transformers (2.00 to 2.00)" in printed
 
 

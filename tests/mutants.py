@@ -362,12 +362,12 @@ MUTANTS = (
     ),
     Mutant(
         "RMS scale missing", "training/muonclip.py",
-        "scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5", "scale = 1.0",
+        "scale = RMS_MATCH * max(master_JOI.shape[1:]) ** 0.5", "scale = 1.0",
         "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
     ),
     Mutant(
         "RMS scale with 0.2 under the root", "training/muonclip.py",
-        "scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5", "scale = (RMS_MATCH * max(same_shape[0].shape)) ** 0.5",
+        "scale = RMS_MATCH * max(master_JOI.shape[1:]) ** 0.5", "scale = (RMS_MATCH * max(master_JOI.shape[1:])) ** 0.5",
         "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
     ),
     Mutant(
@@ -382,12 +382,12 @@ MUTANTS = (
     ),
     Mutant(
         "Muon without momentum", "training/muonclip.py",
-        "self.first[p].mul_(self.momentum).add_(gradient_OI)", "self.first[p].copy_(gradient_OI)",
+        "momentum_JOI.mul_(self.momentum).add_(gradient_JOI)", "momentum_JOI.copy_(gradient_JOI)",
         "tests/test_muonclip.py::test_later_muon_steps_follow_nesterovs_momentum",
     ),
     Mutant(
         "Muon's momentum without Nesterov's look ahead", "training/muonclip.py",
-        "ahead.append(gradient_OI + self.momentum * momentum_OI if self.nesterov else momentum_OI)", "ahead.append(momentum_OI)",
+        "ahead_JOI = gradient_JOI.add_(momentum_JOI, alpha=self.momentum) if self.nesterov else momentum_JOI", "ahead_JOI = momentum_JOI",
         "tests/test_muonclip.py::test_later_muon_steps_follow_nesterovs_momentum",
     ),
     Mutant(
@@ -407,7 +407,7 @@ MUTANTS = (
     ),
     Mutant(
         "'Muon' that is Adam: no orthogonalisation", "training/muonclip.py",
-        "zip(same_shape, orthogonalized(torch.stack(ahead), coefficients=self.newton_schulz))", "zip(same_shape, torch.stack(ahead).sign())",
+        "orthogonalized(ahead_JOI, coefficients=self.newton_schulz)", "ahead_JOI.sign()",
         "tests/test_muonclip.py::test_the_first_muon_step_is_the_formula",
     ),
     Mutant(

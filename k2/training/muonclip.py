@@ -1,13 +1,13 @@
 """MuonClip: the optimizer that trained K2 for 15.5 trillion tokens without a loss spike. Muon, plus a clip on attention.
 
     report, section 2.1 and Algorithm 1      ours
-    M_t = mu M_{t-1} + G_t                   momentum_OI
+    M_t = mu M_{t-1} + G_t                   momentum_JOI
     O_t = NewtonSchulz(M_t)                  orthogonalized
     * sqrt(max(n, m)) * 0.2                  RMS_MATCH
     W_t = W_{t-1} - eta (O_t + lambda W)     MuonClip.step
-    S_max^h > tau: gamma = tau / S_max^h     QKClip.clip
+    S_max^h > tau: gamma = tau / S_max^h     QKClip.apply
 
-    T tokens · H heads · A query or key head · O, I a matrix's rows and columns · N, R, V, C as in attention.py
+    T tokens · H heads · A query or key head · O, I a matrix's rows and columns, J matrices of one shape · N, R, V, C as in attention.py
 
 Muon replaces a matrix's gradient by the nearest matrix with equal singular values, so that rare directions move as far
 as common ones. That makes attention logits grow; QK-Clip shrinks the weights of just those heads that pass tau.
@@ -40,14 +40,14 @@ def orthogonalized(gradient_OI, steps: int = 5, coefficients: tuple = QUINTIC):
         return orthogonalized(gradient_OI.mT, steps, coefficients).mT  # the Gram matrix of the shorter side is the smaller one
     a, b, c = coefficients
     x_OI = gradient_OI.reshape(-1, *gradient_OI.shape[-2:])
-    x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
-    gram_OO = x_OI @ x_OI.mT
+    norm_11 = x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7  # the Frobenius norm bounds the spectral norm
+    gram_OO = x_OI @ x_OI.mT / norm_11.square()
     for step in range(steps):
         q_OO = torch.baddbmm(gram_OO, gram_OO, gram_OO, beta=b, alpha=c)  # b g + c g g
         q_OO.diagonal(dim1=-2, dim2=-1).add_(a)
         product_OO = q_OO if step == 0 else q_OO @ product_OO
         gram_OO = q_OO @ gram_OO @ q_OO if step < steps - 1 else None  # nobody asks for the last one
-    return (product_OO @ x_OI).reshape(gradient_OI.shape)
+    return (product_OO / norm_11 @ x_OI).reshape(gradient_OI.shape)
 
 
 def parameter_groups(model: K2) -> tuple[list, list]:
@@ -92,15 +92,26 @@ class MuonClip:
         self.master = {p: p.detach().float() for p in model.parameters()}  # a float32 parameter is its own master
         self.first = {p: torch.zeros_like(w) for p, w in self.master.items()}
         self.second = {p: torch.zeros_like(self.master[p]) for p in self.others}
-        self.stacks = stacks(self.matrices)
+        self.stacks = [(same_shape, self._joined(self.master, same_shape), self._joined(self.first, same_shape)) for same_shape in stacks(self.matrices)]
+
+    def _joined(self, tensors: dict, same_shape: list):
+        """The tensors of some parameters in one, (J, O, I), of which each is a part from now on: so a step takes a few
+        large operations and not a few for each matrix."""
+        joined_JOI = torch.stack([tensors[p] for p in same_shape])
+        for p, own_OI in zip(same_shape, joined_JOI):
+            if tensors[p].data_ptr() == p.data_ptr():  # a float32 parameter stays its own master
+                p.data = own_OI
+            tensors[p] = own_OI
+        return joined_JOI
 
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0) -> int:
         """One step; `lr_scale` is the schedule's factor. A parameter without a gradient (an expert that no token
         chose) counts as having a zero one. Returns how many attention heads were clipped."""
         self.step_count += 1
-        for same_shape in self.stacks:
-            self._muon(same_shape, self.lr * lr_scale)
+        for same_shape, master_JOI, momentum_JOI in self.stacks:
+            gradient_JOI = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in same_shape]).float()
+            self._muon(master_JOI, momentum_JOI, gradient_JOI, self.lr * lr_scale)
         for p in self.others:
             self._adamw(p, self.adamw_lr * lr_scale)
         clipped = self.clip.apply(self.master)
@@ -110,15 +121,12 @@ class MuonClip:
             p.grad = None
         return clipped
 
-    def _muon(self, same_shape: list, lr: float):
-        ahead = []
-        for p in same_shape:
-            gradient_OI = torch.zeros_like(self.master[p]) if p.grad is None else p.grad.float()
-            momentum_OI = self.first[p].mul_(self.momentum).add_(gradient_OI)
-            ahead.append(gradient_OI + self.momentum * momentum_OI if self.nesterov else momentum_OI)  # as the next step will see it
-        scale = RMS_MATCH * max(same_shape[0].shape) ** 0.5
-        for p, update_OI in zip(same_shape, orthogonalized(torch.stack(ahead), coefficients=self.newton_schulz)):
-            self.master[p].mul_(1 - lr * self.weight_decay).sub_(update_OI, alpha=lr * scale)
+    def _muon(self, master_JOI, momentum_JOI, gradient_JOI, lr: float):
+        momentum_JOI.mul_(self.momentum).add_(gradient_JOI)
+        ahead_JOI = gradient_JOI.add_(momentum_JOI, alpha=self.momentum) if self.nesterov else momentum_JOI  # as the next step will see it
+        scale = RMS_MATCH * max(master_JOI.shape[1:]) ** 0.5
+        update_JOI = orthogonalized(ahead_JOI, coefficients=self.newton_schulz)
+        master_JOI.mul_(1 - lr * self.weight_decay).sub_(update_JOI, alpha=lr * scale)
 
     def _adamw(self, p, lr: float):
         beta1, beta2 = self.betas

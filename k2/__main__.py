@@ -119,7 +119,7 @@ def add_model_flags(sub, max_new_tokens: int, temperature: float):
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
-    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU, after some seconds of compiling: experts in FP8 gain, others where `bench --products --compile` says so")
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU, after some seconds of compiling: FP8 gains, large matrices of bfloat16 are left as they are, small ones gain on some processors")
     sub.add_argument("--experts-on", default="device", choices=("device", "cpu"), help="cpu: with a GPU, experts stay in RAM and compute there; rounds differently, and pays where RAM is faster than the bus")
     sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
     sub.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy; K2's own setting is 0.6 (default: {temperature:g})")
@@ -599,6 +599,7 @@ def add_bench(commands):
     sub.add_argument("--replay", action="store_true", help="hit rates of K2-mini's own routing by policy, and how right guesses are, instead")
     sub.add_argument("--mask", action="store_true", help="what JSON Mode costs a step with a vocabulary of K2's size instead")
     sub.add_argument("--products", action="store_true", help="how fast one token's products read an expert of K2's own widths in each format, instead; with --compile the compiled forms too")
+    sub.add_argument("--rows", type=int, default=1, metavar="N", help="with --products: so many tokens at a time (default: 1)")
     sub.add_argument("--child", nargs=4, metavar=("ENGINE", "DIR", "PROMPT", "NEW"), help="what each process of a comparison runs")
     sub.add_argument("--alone", metavar="JSON", help="what each process of a table runs")
     sub.set_defaults(run=run_bench)
@@ -609,7 +610,7 @@ def run_bench(options):
     from . import bench, beside, mask_bench, product_bench, synthetic
     from .training import speed
 
-    for name in ("rounds", "prompt", "new"):
+    for name in ("rounds", "prompt", "new", "rows"):
         if getattr(options, name) < 1:
             raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
     if options.layers is not None and options.layers < 1 or options.context and min(options.context) < 0:
@@ -624,7 +625,7 @@ def run_bench(options):
     elif options.products and options.directory:
         raise K2Error(f"bench --products: found {options.directory}; expected no checkpoint, since it makes its own weights. Leave it out.")
     elif options.products:
-        product_bench.bench(K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json"), options.rounds, options.compile)
+        product_bench.bench(K2Config.from_json(MINI.parent / "configs" / "kimi-k2-instruct.json"), options.rounds, options.compile, options.rows)
     elif options.replay:
         print_replay()
     elif options.train:

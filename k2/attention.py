@@ -35,11 +35,6 @@ def causal_mask(T: int, S: int, device):
     return position_S <= position_S[S - T :, None]
 
 
-def product(x_MI, weight_OI):
-    """x W^T for some rows of x and of W, either of which may be a batch: (..., M, I), (..., O, I) -> (..., M, O)."""
-    return x_MI @ weight_OI.mT
-
-
 class ScaledDotProduct(nn.Module):
     """softmax(scale q k^T + causal mask) v. A module without weights, so that training can watch q and k with a hook."""
 
@@ -62,8 +57,6 @@ class ScaledDotProduct(nn.Module):
 
 class MultiHeadLatentAttention(nn.Module):
     """x (..., T, D) -> (..., T, D). With a cache the T tokens stand behind those that it holds, and are added to it."""
-
-    product = staticmethod(product)  # with what is no module of its own; a loader may put one here that a processor does faster
 
     def __init__(self, config: K2Config):
         super().__init__()
@@ -94,6 +87,14 @@ class MultiHeadLatentAttention(nn.Module):
         attend = self.absorbed if x_TD.shape[-2] == 1 else self.expanded
         mixed_HTV = attend(q_nope_HTN, q_rope_HTR, c_kv_SC, k_rope_SR)
         return self.o_proj(mixed_HTV.transpose(-3, -2).flatten(-2))
+
+    @staticmethod
+    def product(x_MI, weight_OI):
+        """x W^T for some rows of x and of W, either of which may be a batch: (..., M, I), (..., O, I) -> (..., M, O).
+
+        For matrices that are no module of their own. A loader may put another here, which a processor does faster.
+        """
+        return x_MI @ weight_OI.mT
 
     def queries(self, x_TD, cos_TP, sin_TP):
         """The two parts of each head's query, (..., H, T, N) and, rotated, (..., H, T, R): no-position part first."""

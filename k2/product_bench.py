@@ -1,4 +1,5 @@
 """How fast one token's products read their weights, at K2's own widths: `python -m k2 bench --products`. No weights needed.
+With `--rows N` it is N tokens', as in a prompt, which are bound by arithmetic: only the lines compare then, not the shares.
 
 An expert in each format and each form that this project has for it, beside the best reading of memory in the same run.
 Copies take turns, more than a processor's cache holds; the forms take turns too, so that a machine that is slower for a
@@ -55,10 +56,10 @@ def bytes_of(expert: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def measure(config: K2Config, rounds: int, compiled: bool, copies: int = COPIES) -> dict[str, tuple[float, float]]:
+def measure(config: K2Config, rounds: int, compiled: bool, copies: int = COPIES, rows: int = 1) -> dict[str, tuple[float, float]]:
     """{form: (bytes a second, share of the reading in the same round)}, medians, and "reading" itself."""
     keep_freed_memory()
-    x_MD = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x_MD = torch.randn(rows, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     experts = {name: [expert, *(copy.deepcopy(expert) for _ in range(copies - 1))] for name, expert in forms(config, compiled).items()}
     for same in experts.values():  # INT4 is brought into its kernel's order, and what is compiled is compiled, at the first use
         [expert(x_MD) for expert in same]
@@ -75,11 +76,11 @@ def measure(config: K2Config, rounds: int, compiled: bool, copies: int = COPIES)
     return {name: (median(r for r, _ in pairs), median(s for _, s in pairs)) for name, pairs in found.items()}
 
 
-def bench(config: K2Config, rounds: int, compiled: bool):
+def bench(config: K2Config, rounds: int, compiled: bool, rows: int = 1):
     """Print the table."""
-    found = measure(config, rounds, compiled)
+    found = measure(config, rounds, compiled, rows=rows)
     D, width = config.hidden_size, config.moe_intermediate_size
-    print(f"one token through an expert of {D} x {width}, {torch.get_num_threads()} threads, medians of {rounds} rounds; memory was read at {found['reading'][0] / 1e9:.1f} GB/s")
+    print(f"{rows} token{'s' * (rows > 1)} through an expert of {D} x {width}, {torch.get_num_threads()} threads, medians of {rounds} rounds; memory was read at {found['reading'][0] / 1e9:.1f} GB/s")
     print(f"{'form':16}{'GB/s':>8}{'of the reading':>16}")
     for name, (rate, share) in found.items():
         if name != "reading":

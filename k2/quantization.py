@@ -222,7 +222,7 @@ class FP8CodesLinear(OneRow, FP8Linear):
         return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.values)
 
     def few_rows(self, x_MI):
-        """The same."""
+        """The same where the rows are fewer than FEW, or one that float16 does not do."""
         rows = x_MI.reshape(-1, x_MI.shape[-1])
         return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
 

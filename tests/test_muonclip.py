@@ -254,3 +254,17 @@ def test_five_cubic_steps_leave_small_values_small():
     cubic, quintic = (torch.linalg.svdvals(orthogonalized(matrix, coefficients=c)).min() for c in (CUBIC, QUINTIC))
     smallest = float(values[0] / values.norm())
     assert cubic < 7.6 * smallest and quintic > 50 * smallest, f"smallest {smallest:.4f}, cubic {cubic:.4f}, quintic {quintic:.4f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float32_parameter_is_its_own_master_and_a_step_moves_stack_master_and_parameter_alike(dtype):
+    model = random_model(small_config()).requires_grad_()
+    optimizer = MuonClip(model, lr=0.01, adamw_lr=0.01)
+    model.to(dtype)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for same_shape, master_JOI, momentum_JOI in optimizer.stacks:
+        for p, own_OI, moved_OI in zip(same_shape, master_JOI, momentum_JOI):
+            assert (p.data_ptr() == own_OI.data_ptr()) == (dtype == torch.float32)
+            assert torch.equal(p, own_OI.to(dtype)) and torch.equal(optimizer.master[p], own_OI) and torch.equal(optimizer.first[p], moved_OI)

@@ -61,10 +61,35 @@ def test_the_command_compiles_if_asked_and_takes_no_checkpoint(monkeypatch, caps
     from k2.__main__ import main
 
     asked = []
-    monkeypatch.setattr(product_bench, "bench", lambda config, rounds, compiled: asked.append((config.hidden_size, rounds, compiled)))
-    assert main(["bench", "--products", "--rounds", "2"]) == main(["bench", "--products", "--compile", "--rounds", "2"]) == 0
-    assert asked == [(7168, 2, False), (7168, 2, True)]
+    monkeypatch.setattr(product_bench, "bench", lambda config, rounds, compiled, rows: asked.append((config.hidden_size, rounds, compiled, rows)))
+    assert main(["bench", "--products", "--rounds", "2"]) == main(["bench", "--products", "--compile", "--rounds", "2", "--rows", "64"]) == 0
+    assert asked == [(7168, 2, False, 1), (7168, 2, True, 64)]
+    assert main(["bench", "--products", "--rows", "0"]) == 2 and "--rows: found 0; expected 1 or more" in capsys.readouterr().err
     assert main(["bench", str(tmp_path), "--products"]) == 2 and "expected no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_as_many_rows_as_asked_meet_each_form(monkeypatch, capsys, rows):
+    seen, real = [], product_bench.forms
+    monkeypatch.setattr(product_bench, "ram_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(product_bench, "forms", lambda *given: {name: Seen(seen, form) for name, form in real(*given).items()})
+    product_bench.bench(CONFIG, rounds=1, compiled=False, rows=rows)
+    assert set(seen) == {rows} and capsys.readouterr().out.startswith(f"{rows} token{'s' if rows > 1 else ''} through")
+
+
+class Seen(nn.Module):
+    """A form that notes how many rows it is given."""
+
+    def __init__(self, seen: list, plain: nn.Module):
+        super().__init__()
+        self.seen, self.plain = seen, plain
+
+    def __deepcopy__(self, memo):
+        return Seen(self.seen, self.plain)
+
+    def forward(self, x_MD):
+        self.seen.append(len(x_MD))
+        return self.plain(x_MD)
 
 
 def test_the_table_has_a_line_for_each_form(monkeypatch, capsys):

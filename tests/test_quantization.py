@@ -304,9 +304,15 @@ def test_a_number_far_above_all_others_does_not_cost_them_their_bits(outlier):
     codes.view(torch.uint8)[:, 77] = 0
     x = normal(7168).to(torch.bfloat16)
     x[77] = outlier
-    if outlier != 2.0**13:  # there it depends on the scales
-        assert (fp8_row_product(x, codes, scales) is None) == (outlier > 2.0**13)
     assert_each_block_close(FP8CodesLinear(codes, scales)(x[None])[0], x, codes, scales, f"{outlier}")
+
+
+@pytest.mark.parametrize(("outlier", "refused"), [(1.0, False), (2.0**10, False), (2.0**16, True), (2.0**100, True)])
+def test_float16_gives_no_answer_where_most_numbers_would_be_below_its_range(outlier, refused):
+    codes, scales = codes_and_scales(256, 7168)
+    x = normal(7168).to(torch.bfloat16)
+    x[77] = outlier
+    assert (fp8_row_product(x, codes, scales) is None) == refused
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

@@ -617,9 +617,10 @@ def run_bench(options):
         raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
     if options.child:
         engine, directory, *counts = options.child
-        measure = speed.child if engine in speed.ENGINES else beside.child
-        measured = measure(engine, directory, *map(int, counts), DTYPES[options.dtype])
-        print(json.dumps(measured))
+        if engine in speed.ENGINES:
+            speed.child(engine, directory, *map(int, counts), DTYPES[options.dtype])
+        else:
+            print(json.dumps(beside.child(engine, directory, *map(int, counts), DTYPES[options.dtype])))
     elif options.mask:
         mask_bench.bench()
     elif options.products and options.directory:

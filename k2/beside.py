@@ -92,13 +92,23 @@ def apart(ours: list[float], theirs: list[float]) -> float:
 
 
 def run_child(engine: str, directory: Path, prompt: int, new: int, dtype: str) -> dict:
-    """One engine in a fresh process; what it measured. What `import k2` asks of torch's memory is not asked for others."""
-    command = [sys.executable, "-m", "k2", "bench", "--child", engine, str(directory), str(prompt), str(new), "--dtype", dtype]
-    settings = os.environ | ({"THP_MEM_ALLOC_ENABLE": "0"} if engine.startswith("transformers") else {})
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    """One engine in a fresh process; what it measured."""
+    done = subprocess.run(**child_process(engine, directory, prompt, new, dtype), capture_output=True, check=False)
     if done.returncode:
-        raise K2Error(f"bench: {engine} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}. Install tests/requirements-oracles.txt for transformers.")
+        raise failure(engine, done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def child_process(engine: str, directory: Path, first: int, second: int, dtype: str) -> dict:
+    """What subprocess is told. What `import k2` asks of torch's memory is not asked for others."""
+    command = [sys.executable, "-m", "k2", "bench", "--child", engine, str(directory), str(first), str(second), "--dtype", dtype]
+    settings = os.environ | ({"THP_MEM_ALLOC_ENABLE": "0"} if engine.startswith("transformers") else {})
+    return {"args": command, "env": settings, "text": True}
+
+
+def failure(engine: str, said: str) -> K2Error:
+    """What the user is told of a child that failed."""
+    return K2Error(f"bench: {engine} failed: {(said.strip() or 'no message').splitlines()[-1]}. Install tests/requirements-oracles.txt for transformers.")
 
 
 def child(engine: str, directory: str, prompt: int, new: int, dtype) -> dict:

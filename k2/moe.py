@@ -53,21 +53,26 @@ class MoE(nn.Module):
         K = expert_ids_TK.shape[-1]
         order_M = expert_ids_TK.flatten().argsort(stable=True)
         ids, counts = expert_ids_TK.unique(return_counts=True)  # sorted
-        arriving = self.experts.fetch(ids.tolist())  # reads start here, and land while the shared expert computes
+        counts = dict(zip(ids.tolist(), counts.tolist()))
+        arriving = self.experts.fetch(list(counts))  # reads start here, and land while the shared expert computes
         shared_TD = self.shared_experts(x_TD)
-        rows = dict(zip(ids.tolist(), x_TD.index_select(0, order_M // K).split(counts.tolist())))
-        answers = {e: expert(rows[e]) for e, expert in arriving}
-        y_MD = self.checked(torch.cat([answers[e] for e in sorted(answers)]), answers)
+        y_MD = self.checked(self.answers(arriving, x_TD.index_select(0, order_M // K), counts), counts)
         y_TKD = y_MD.index_select(0, order_M.argsort()).unflatten(0, (-1, K))  # back to the tokens' order
         # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
         y_TD = (weights_TK.unsqueeze(-2) @ y_TKD.to(weights_TK.dtype)).squeeze(-2)
         return (shared_TD + y_TD.to(shared_TD.dtype)).unflatten(0, leading)
 
-    def checked(self, y_MD, answers):
+    def answers(self, arriving, x_MD, counts: dict[int, int]):
+        """Each chosen expert's answers to its own rows, (M, D) -> (M, D); counts: the experts in order, and their rows."""
+        rows = dict(zip(counts, x_MD.split(list(counts.values()))))
+        answers = {e: expert(rows[e]) for e, expert in arriving}
+        return torch.cat([answers[e] for e in counts])
+
+    def checked(self, y_MD, counts: dict[int, int]):
         """The same rows, or a K2Error that names the first expert whose answer is not finite."""
         if y_MD.sum().isfinite():  # one pass, and never finite when a term is not
             return y_MD
-        bad = [e for e in sorted(answers) if not answers[e].isfinite().all()]
+        bad = [e for e, rows_MD in zip(counts, y_MD.split(list(counts.values()))) if not rows_MD.isfinite().all()]
         if bad:
             raise K2Error(f"layer {self.layer}, expert {bad[0]}: expected finite numbers, found NaN or infinity in its output. Its weights are damaged, or its input overflowed: check this expert's tensors.")
         return y_MD

@@ -61,15 +61,24 @@ def parameter_groups(model: K2) -> tuple[list, list]:
 
 
 def stacks(matrices: list) -> list[list]:
-    """Matrices of equal shape together, for batched products of bounded memory."""
-    by_shape = {}
+    """Matrices of equal shape together, for batched products of bounded memory; such as share a storage stay by themselves."""
+    groups = {}
     for p in matrices:
-        by_shape.setdefault(tuple(p.shape), []).append(p)
+        storage = p.untyped_storage()
+        groups.setdefault((p.shape, storage.data_ptr() if storage.nbytes() > p.nbytes else 0), []).append(p)
     found = []
-    for same_shape in by_shape.values():
+    for same_shape in groups.values():
         size = max(1, STACK[same_shape[0].device.type] // same_shape[0].numel())
         found += [same_shape[i : i + size] for i in range(0, len(same_shape), size)]
     return found
+
+
+def together(tensors: list) -> torch.Tensor:
+    """Tensors of one shape as one, (J, ...): a view, no copy, where they lie one behind the other in one storage."""
+    first, step = tensors[0], tensors[0].numel() * tensors[0].element_size()
+    if all(t.is_contiguous() and t.data_ptr() == first.data_ptr() + i * step and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for i, t in enumerate(tensors)):
+        return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack([t.detach() for t in tensors])
 
 
 class MuonClip:
@@ -97,7 +106,7 @@ class MuonClip:
     def _joined(self, tensors: dict, same_shape: list):
         """The tensors of some parameters in one, (J, O, I), of which each is a part from now on: so a step takes a few
         large operations and not a few for each matrix."""
-        joined_JOI = torch.stack([tensors[p] for p in same_shape])
+        joined_JOI = together([tensors[p] for p in same_shape])
         for p, own_OI in zip(same_shape, joined_JOI):
             if tensors[p].data_ptr() == p.data_ptr():  # a float32 parameter stays its own master
                 p.data = own_OI
@@ -110,7 +119,7 @@ class MuonClip:
         chose) counts as having a zero one. Returns how many attention heads were clipped."""
         self.step_count += 1
         for same_shape, master_JOI, momentum_JOI in self.stacks:
-            gradient_JOI = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in same_shape]).float()
+            gradient_JOI = together([torch.zeros_like(p) if p.grad is None else p.grad for p in same_shape]).float()
             self._muon(master_JOI, momentum_JOI, gradient_JOI, self.lr * lr_scale)
         for p in self.others:
             self._adamw(p, self.adamw_lr * lr_scale)

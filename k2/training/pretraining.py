@@ -24,6 +24,7 @@ from ..model import K2
 from ..router import Router
 from .corpus import Windows
 from .curves import Curve
+from .grouped import group_experts, lay_together
 from .muonclip import QUINTIC, MuonClip
 
 
@@ -178,10 +179,11 @@ class Trainer:
         self.model = new_model(config, run.seed) if model is None else model.float().requires_grad_()
         self.device = torch.device(device)
         self.model.to(self.device)
+        lay_together(self.model)
         self.balancer = Balancer(self.model, run)
         # The optimizer copies its float32 masters before the cast.
         self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr, newton_schulz=run.newton_schulz, weight_decay=run.weight_decay, tau=run.tau, muon=run.muon)
-        self.model.to(dtype).train()
+        group_experts(self.model.to(dtype).train())
         self.short = Windows(stream, run.window, run.seed)
         self.long = Windows(stream, run.window * run.stretch, run.seed + 1)
 

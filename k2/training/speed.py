@@ -1,33 +1,35 @@
 """How fast a training step is, beside the same model in transformers under torch's AdamW: `python -m k2 bench --train`.
 
-Each engine runs in a process of its own, in turn; what counts is the ratio within one round. Both take K2-mini's config
-from nothing and the same windows: in float32, and in bfloat16, of which this project's optimizer keeps float32 masters and
-the other does not.
+Each engine is a process of its own, and the two take a step in turn: what counts is the ratio of two neighbouring steps,
+as a machine may be twice as fast a second later. Both take K2-mini's config from nothing and the same windows: in
+float32, and in bfloat16, of which this project's optimizer keeps float32 masters and the other does not.
 """
 
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import numpy as np
 import torch
 
-from ..beside import run_child
+from ..beside import child_process, failure
 from ..ceilings import keep_freed_memory, peak_megabytes
 from ..checkpoint import load, save
 from ..config import K2Config
 from .pretraining import Run, Trainer
 
-STEPS = 6  # measured, after two that warm up
+WARM_UP, STEPS = 2, 8  # of each engine and round
 ROWS, WINDOW = 16, 256
 
 
 def compare(mini: Path, rounds: int, rows: int = ROWS, window: int = WINDOW):
     """Print both engines' tokens per second, the ratios, and the optimizer's share of a step, in each dtype."""
-    for dtype in (torch.float32, torch.bfloat16):
-        compare_in(str(dtype).removeprefix("torch."), mini, rounds, rows, window)
+    for dtype in ("float32", "bfloat16"):
+        compare_in(dtype, mini, rounds, rows, window)
 
 
 def compare_in(dtype: str, mini: Path, rounds: int, rows: int, window: int):
@@ -37,32 +39,60 @@ def compare_in(dtype: str, mini: Path, rounds: int, rows: int, window: int):
         save(load(mini, dtype=torch.float32), directory, format="fp32")
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
-        runs = [{engine: run_child(engine, directory, rows, window, dtype) for engine in ENGINES} for _ in range(rounds)]
-    print(f"training K2-mini: {rows} windows of {window} tokens a step, {dtype}, {torch.get_num_threads()} threads, median of {rounds} rounds")
+        pairs = [pair for _ in range(rounds) for pair in in_turn(directory, rows, window, dtype)]
+    print(f"training K2-mini: {rows} windows of {window} tokens a step, {dtype}, {torch.get_num_threads()} threads, median of {len(pairs)} steps of each, taken in turn")
     for engine in ENGINES:
-        rate, share = (median(run[engine][key] for run in runs) for key in ("rate", "optimizer_share"))
-        print(f"{engine:22} {rate:7.0f} tokens/s, of which the optimizer takes {share:.0%}, peak {median(run[engine]['peak'] for run in runs):.0f} MB")
-    ratios = sorted(run["k2-train"]["rate"] / run["transformers-train"]["rate"] for run in runs)
-    print(f"ratio: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        seconds, optimizer, peak = (median(pair[engine][key] for pair in pairs) for key in ("seconds", "optimizer", "peak"))
+        print(f"{engine:22} {rows * window / seconds:7.0f} tokens/s, of which the optimizer takes {optimizer / seconds:.0%}, peak {peak:.0f} MB")
+    low, middle, high = quantiles([pair["transformers-train"]["seconds"] / pair["k2-train"]["seconds"] for pair in pairs], n=4)
+    print(f"ratio: {middle:.2f} (half of the pairs between {low:.2f} and {high:.2f})")
 
 
-def child(engine: str, directory: str, rows: int, window: int, dtype) -> dict:
-    """One engine's training speed: median seconds of a step, and of the optimizer in it."""
+def in_turn(directory: Path, rows: int, window: int, dtype: str) -> list[dict]:
+    """Pairs of steps, one of each engine directly after the other."""
+    engines = {engine: Engine(engine, directory, rows, window, dtype) for engine in ENGINES}
+    pairs = [{name: engine.step() for name, engine in engines.items()} for _ in range(WARM_UP + STEPS)]
+    for engine in engines.values():
+        engine.end()
+    return pairs[WARM_UP:]
+
+
+class Engine:
+    """A process that takes one training step for each line it is sent, and waits."""
+
+    def __init__(self, name: str, directory: Path, rows: int, window: int, dtype: str):
+        self.name, self.said = name, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(**child_process(name, directory, rows, window, dtype), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
+
+    def step(self) -> dict:
+        """Seconds of a step and of the optimizer in it, and the peak so far."""
+        try:
+            print(file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, ValueError):
+            self.said.seek(0)
+            raise failure(self.name, self.said.read()) from None
+
+    def end(self):
+        """No more lines."""
+        self.process.communicate()
+
+
+def child(engine: str, directory: str, rows: int, window: int, dtype):
+    """The other end: a step for each line, and a line of JSON for each step."""
     forward_backward, optimize = ENGINES[engine](directory, rows, window, dtype)
-    seconds = []
-    for _ in range(STEPS + 2):
+    for _ in sys.stdin:
         started = time.perf_counter()
         forward_backward()
         middle = time.perf_counter()
         optimize()
-        seconds.append((time.perf_counter() - started, time.perf_counter() - middle))
-    step = median(s for s, _ in seconds[2:])
-    return {"rate": rows * window / step, "optimizer_share": median(o for _, o in seconds[2:]) / step, "peak": peak_megabytes()}
+        done = time.perf_counter()
+        print(json.dumps({"seconds": done - started, "optimizer": done - middle, "peak": peak_megabytes()}), flush=True)
 
 
 def windows(vocabulary: int, rows: int, window: int) -> np.ndarray:
     """Random tokens: what they say does not change the work, which experts they choose hardly does."""
-    return np.random.default_rng(0).integers(0, vocabulary, rows * window * 12).astype(np.uint16)
+    return np.random.default_rng(0).integers(0, vocabulary, rows * window * (WARM_UP + STEPS + 2)).astype(np.uint16)
 
 
 def ours(directory: str, rows: int, window: int, dtype):

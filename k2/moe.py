@@ -56,14 +56,14 @@ class MoE(nn.Module):
         counts = dict(zip(ids.tolist(), counts.tolist()))
         arriving = self.experts.fetch(list(counts))  # reads start here, and land while the shared expert computes
         shared_TD = self.shared_experts(x_TD)
-        y_MD = self.checked(self.answers(arriving, x_TD.index_select(0, order_M // K), counts), counts)
+        y_MD = self.checked(self.ask(arriving, x_TD.index_select(0, order_M // K), counts), counts)
         y_TKD = y_MD.index_select(0, order_M.argsort()).unflatten(0, (-1, K))  # back to the tokens' order
         # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
         y_TD = (weights_TK.unsqueeze(-2) @ y_TKD.to(weights_TK.dtype)).squeeze(-2)
         return (shared_TD + y_TD.to(shared_TD.dtype)).unflatten(0, leading)
 
-    def answers(self, arriving, x_MD, counts: dict[int, int]):
-        """Each chosen expert's answers to its own rows, (M, D) -> (M, D); counts: the experts in order, and their rows."""
+    def ask(self, arriving, x_MD, counts: dict[int, int]):
+        """Each chosen expert's answers to its own rows, (M, D) -> (M, D). counts: expert -> rows, in the rows' order."""
         rows = dict(zip(counts, x_MD.split(list(counts.values()))))
         answers = {e: expert(rows[e]) for e, expert in arriving}
         return torch.cat([answers[e] for e in counts])

@@ -415,6 +415,22 @@ MUTANTS = (
         "tables = {model.model.embed_tokens.weight, model.lm_head.weight}", "tables = {model.lm_head.weight}",
         "tests/test_muonclip.py::test_muon_takes_every_matrix_but_the_two_tables",
     ),
+    # ---- training in fewer passes ----
+    Mutant(
+        "the norm's gradient keeps what points along its own output", "training/fused.py",
+        ".addcmul_(wide_TI, mean_T1, value=-1)", "",
+        "tests/test_fused.py::test_the_norms_gradient_is_that_of_its_values",
+    ),
+    Mutant(
+        "an expert without rows has no end in the grouped product, so that those behind it get another's rows", "training/fused.py",
+        "[counts.get(e, 0) for e in range(len(experts))]", "[*counts.values(), *[0] * (len(experts) - len(counts))]",
+        "tests/test_fused.py::test_values_and_gradients_of_a_fused_model_are_those_of_the_layers",
+    ),
+    Mutant(
+        "all gates and then all ups, where the tensor has them in turn", "training/fused.py",
+        "[w for e in experts for w in (e.gate_proj.weight, e.up_proj.weight)]", "[e.gate_proj.weight for e in experts] + [e.up_proj.weight for e in experts]",
+        "tests/test_fused.py::test_values_and_gradients_of_a_fused_model_are_those_of_the_layers",
+    ),
     # ---- the chat format ----
     Mutant(
         "generation prompt missing", "chat.py",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """config reference products quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic
     reading compiled offload tokenizer sampling generation chat reply grammar constraint tools terminal part inspection needs machine plan
     published hub download layer_check recording compare trace trace_page routes bench beside training/muonclip training/corpus training/evaluation training/curves
-    training/pretraining training/recipe training/facts training/experiments training/speed mask_bench product_bench""".split()
+    training/fused training/pretraining training/recipe training/facts training/experiments training/speed mask_bench product_bench""".split()
 FACES = ("__init__", "__main__", "training/__init__")
 # Each third-party package and the files that may import it; torch and numpy are everywhere but where a test below says otherwise.
 HOMES = {

@@ -24,8 +24,11 @@ from ..model import K2
 from ..router import Router
 from .corpus import Windows
 from .curves import Curve
-from .grouped import group_experts, lay_together
+from .fused import fuse, lay_together
 from .muonclip import QUINTIC, MuonClip
+
+
+HEAD_ROWS = 1024  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Balancer:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x (T, D) through the output head, a few hundred rows at a time.
+    """Mean cross-entropy of x (T, D) through the output head, HEAD_ROWS at a time.
 
     All logits of a step are 67 MB for K2-mini and 43 GB for K2, and are needed once. So each block's gradient,
     softmax - one-hot, is made while its logits are at hand, and neither outlives the block. The same numbers as
@@ -140,7 +143,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = 256):
+    def forward(ctx, x_TD, weight_WD, targets_T, rows: int = HEAD_ROWS):
         """Nats; keeps the gradients of x and of the weight."""
         grad_TD, grad_WD = torch.empty_like(x_TD), torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
         nats, T = x_TD.new_zeros((), dtype=grad_WD.dtype), len(targets_T)
@@ -183,7 +186,7 @@ class Trainer:
         self.balancer = Balancer(self.model, run)
         # The optimizer copies its float32 masters before the cast.
         self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr, newton_schulz=run.newton_schulz, weight_decay=run.weight_decay, tau=run.tau, muon=run.muon)
-        group_experts(self.model.to(dtype).train())
+        fuse(self.model.to(dtype).train())
         self.short = Windows(stream, run.window, run.seed)
         self.long = Windows(stream, run.window * run.stretch, run.seed + 1)
 

@@ -26,7 +26,7 @@ from ..tokenizer import RESERVED, Tokenizer, tokenizer_files, train_ranks
 from .corpus import read_texts, token_stream, training_files
 from .curves import Curve, draw_run, read
 from .evaluation import bits_per_byte, held_out_text
-from .pretraining import Run, Trainer, read_state, train
+from .pretraining import HEAD_ROWS, Run, Trainer, read_state, train
 
 HELD_OUT_SHARE = 0.05  # of the user's own text, its end, is measured and not trained on
 TEXTS = ("tiktoken.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -47,7 +47,7 @@ def training_bytes(config: K2Config, run: Run, dtype=torch.float32) -> dict[str,
         "float32 masters": count * 4 if dtype != torch.float32 else 0,  # float32 weights are their own
         "momenta": count * 4,
         "second moments": tables * 4,
-        "activations": tokens * (config.num_hidden_layers * per_layer + 2 * D) * width + 2 * 256 * config.vocab_size * 4,  # logits: a block of HeadLoss
+        "activations": tokens * (config.num_hidden_layers * per_layer + 2 * D) * width + 2 * min(HEAD_ROWS, tokens) * config.vocab_size * 4,  # logits: a block of HeadLoss
     }
 
 

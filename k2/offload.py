@@ -17,12 +17,13 @@ same kernel.
     M rows sent here · O, I a matrix's rows and columns
 """
 
+import functools
 import math
 import os
 import re
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,12 @@ from .expert import Expert
 from .model import K2
 from .products import OneRow, many_rows_product, single_row_product
 from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
-from .reading import PARTS, Key, Record, Shards, data_start, expert_record, tensor_at
+from .reading import PARTS, READERS, Key, Record, Shards, data_start, expert_record, tensor_at
 
 TAKEN = 0.9  # of the memory that is free, where the user gives no number
 SMALL = ("_scale_inv", "_shape")  # an expert's tensors that lie far from its weights in the file, and are kept once read
-AHEAD = 1  # experts that are read on a guess while a token's attention computes; that is as long as the disk then idles
+AHEAD = 2  # experts that are read on a guess while a token's attention computes; about as long as the disk then idles
+SOON = 2  # of the next layer's, while this one's last experts compute
 
 
 class Slots:
@@ -150,7 +152,7 @@ class ExpertStore:
     experts compute in it, else in the checkpoint's own; a `compiler` gives them their compiled form.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = 2, dtype=None, compiler: Compiler | None = None):
+    def __init__(self, checkpoint: Checkpoint, ram: int, device=torch.device("cpu"), device_memory: int | None = None, readers: int = READERS, dtype=None, compiler: Compiler | None = None):
         if not hasattr(os, "preadv"):
             raise K2Error("ram: reading experts from disk needs preadv, which this operating system lacks. Use Linux, or a model that fits into memory.")
         config = checkpoint.config
@@ -164,6 +166,7 @@ class ExpertStore:
         self.shards = Shards(checkpoint.directory, {file for name, file in checkpoint.weight_map.items() if ".mlp.experts." in name}, readers)
         self.reading: dict[Key, list[Future]] = {}  # slots that are being filled
         self.guesses: set[Key] = set()  # those of them, or of the filled ones, that nobody has asked for yet
+        self.soon: tuple[int, list[int], int] | None = None  # what `ahead` is to be asked once the disk is done with a layer
         self.kept: dict[str, torch.Tensor] = {}
         self.bus = Bus(size, device) if self.upper is not self.ram else None
         self.crossing: dict[Key, object] = {}  # experts on their way up, and what tells that they are there
@@ -186,33 +189,36 @@ class ExpertStore:
     def fetch(self, layer: int, ids: list[int]):
         """Start reading what is not in memory, as far as there are slots to read into; an iterator of (id, expert)."""
         keys = [(layer, e) for e in ids]
-        self.settle(keys)
+        wanted = set(keys)
+        self.settle(layer, wanted)
         ready = [key for key in keys if self.upper.hold(key) and key not in self.reading]
         below = [key for key in keys if key not in self.upper.held and key not in self.reading and self.ram.hold(key)]
-        coming = deque(key for key in keys if key in self.reading)
+        coming = deque(key for key in self.reading if key in wanted)  # in the order in which they will land
         missing = deque(key for key in keys if key not in self.upper.held and key not in self.ram.held)
         self.statistics.hits += len(ready) + len(below)
         self.statistics.misses += len(coming) + len(missing)
         self.start_reading(missing, coming)
         for key in below:
             self.lift(key)
+        if self.soon and not missing:
+            self.ahead(*self.soon)
         return self.arriving(ready + below, missing, coming)
 
-    def settle(self, keys: list[Key]):
-        """Make ordinary tenants of what was read ahead, and of what a request that was broken off left behind."""
-        for key in [k for k, parts in self.reading.items() if all(part.done() for part in parts)]:
-            try:
-                self.land(key)
-            except K2Error:
-                pass  # nobody asked for it; whoever does will read it again, and be told
+    def settle(self, layer: int, wanted: set[Key]):
+        """Call off what was read ahead for this layer and is not wanted, and make ordinary tenants of what came to its end."""
+        self.call_off_all_but(wanted, layer)
+        for key in [k for k, parts in self.reading.items() if all(part.done() for part in parts) or k in wanted and any(part.cancelled() for part in parts)]:
+            self.end(key)
         self.ram.held = set(self.reading)
         self.upper.held = self.ram.held if self.upper is self.ram else set()
-        for key in self.guesses & set(keys):
+        for key in self.guesses & wanted:
             self.statistics.guessed_right += 1
             self.guesses.discard(key)
 
     def ahead(self, layer: int, ids: list[int], most: int):
-        """Start reading up to `most` experts that a layer will probably ask for, the most probable first."""
+        """Start reading up to `most` experts that a layer will probably ask for, the most probable first; what an earlier
+        guess wanted and this one does not is called off."""
+        self.call_off_all_but({(layer, e) for e in ids}, layer)
         for key in [(layer, e) for e in ids if (layer, e) not in self.ram.slot_of and (layer, e) not in self.upper.slot_of][:most]:
             if len(self.reading) + 1 < len(self.ram.rooms) // 2 and self.ram.reserve(key):  # the rest stays free for what is asked for
                 self.guesses.add(key)
@@ -235,13 +241,28 @@ class ExpertStore:
             self.records[key] = expert_record(self.checkpoint, self.starts, key)
         return self.records[key]
 
+    def call_off_all_but(self, wanted: set[Key], layer: int):
+        """Of a layer's guesses, leave unread what no reader has begun to read; a slot is free once the readers are out of it."""
+        for key in [k for k in self.guesses & self.reading.keys() - wanted if k[0] == layer]:
+            for part in self.reading[key]:
+                part.cancel()
+            self.guesses.discard(key)
+
+    def end(self, key: Key):
+        """See a read to its end that nobody asked for: a tenant, or a free slot where it failed or was called off."""
+        try:
+            self.land(key)
+        except (K2Error, CancelledError):
+            pass  # whoever asks for it will read it again, and be told
+
     def land(self, key: Key):
         """Wait until a slot is filled. However this fails, no slot that was not filled counts as filled."""
         parts, started = self.reading[key], time.perf_counter()
         try:
-            self.statistics.bytes_read += sum(part.result() for part in parts)
+            for part in parts:
+                self.statistics.bytes_read += part.result()
         except BaseException:  # Ctrl-C too
-            wait(parts)
+            wait([part for part in parts if not part.cancelled()])
             self.ram.forget(key)
             raise
         finally:
@@ -276,7 +297,7 @@ class ExpertStore:
     def make_way(self):
         """Every slot is taken by what was read ahead: wait for one and let it go."""
         key = next(iter(self.reading))
-        self.land(key)
+        self.end(key)
         self.ram.held.discard(key)
 
     def release(self, key: Key):
@@ -469,14 +490,21 @@ class VisitedExperts(StoredExperts):
         return ((e, Visited(expert)) for e, expert in super().fetch(ids))
 
 
-def guess_ahead(layer, arguments):
-    """Before a decoder layer runs: let its router judge what attention has not changed yet, and read what it would ask for."""
+def guess_ahead(layer, arguments, following=None):
+    """Before a decoder layer runs: let its router judge what attention has not changed yet, and read what it would ask for.
+    The router of the layer that follows says what to read once this one's experts are all read."""
     x_TD = arguments[0].flatten(0, -2)
+    store = layer.mlp.experts.store
+    store.ahead(*guess(layer, x_TD, AHEAD))
+    store.soon = guess(following, x_TD, SOON) if following else None
+
+
+def guess(layer, x_TD, each: int) -> tuple[int, list[int], int]:
+    """(a layer's number, the experts that its router would choose now, most wanted first, how many of them to read)."""
     expert_ids_TK, _ = layer.mlp.gate(layer.post_attention_layernorm(x_TD))
     ids, counts = expert_ids_TK.unique(return_counts=True)
     most_wanted = expert_ids_TK[0] if len(x_TD) == 1 else ids[counts.argsort(descending=True, stable=True)]
-    experts = layer.mlp.experts
-    experts.store.ahead(experts.layer, most_wanted.tolist(), AHEAD * len(x_TD))
+    return layer.mlp.experts.layer, most_wanted.tolist(), each * len(x_TD)
 
 
 # ---- how much fits ----
@@ -554,8 +582,9 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
 
 def with_guesses(model: K2) -> K2:
     """The model, its layers with experts told to read ahead."""
-    for layer in model.model.layers[model.config.first_k_dense_replace :]:
-        layer.register_forward_pre_hook(guess_ahead)
+    layers = model.model.layers[model.config.first_k_dense_replace :]
+    for layer, following in zip(layers, [*layers[1:], None]):
+        layer.register_forward_pre_hook(functools.partial(guess_ahead, following=following))
     return model
 
 

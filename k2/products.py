@@ -7,7 +7,7 @@
                  then converts as it goes, and takes longer than converting a panel of the matrix to float32 and multiplying
                  there (`bench --products --rows 64`). That is no less exact: sums are float32 either way, and rounded once.
 
-    M rows sent here, N with any batch folded in · I, O a matrix's columns (inputs) and rows (outputs)
+    M rows sent here, N with any batch folded in, L filled up to whole steps · I, O a matrix's columns (inputs) and rows (outputs)
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch import nn
 PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
 LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
+STEP = 16  # rows of x that a float32 kernel takes at once, where they are the second factor
 MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # F.linear multiplies bfloat16 by any of these without a detour
 
@@ -89,10 +90,12 @@ def float32_sum(x_MI, weight_IO):
 def float32_product(x_MI, pieces: list[slice], widened):
     """x W^T in x's dtype, computed in float32, the matrix asked for a panel at a time: `widened(rows)`, float32."""
     wide_NI, O = x_MI.flatten(0, -2).float(), pieces[-1].stop
-    y_NO = x_MI.new_empty(len(wide_NI), O)
+    N = len(wide_NI)
+    y_NO = x_MI.new_empty(N, O)
+    # Fewer rows than MANY are the second factor, W x^T, and filled up to whole steps of the kernel: 59 take longer than 64.
+    few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if N < MANY else None
     for rows in pieces:
-        # Fewer rows than MANY are the second factor, W x^T: as the first, some 16 to 48 of them take up to twice as long.
-        y_NO[:, rows] = F.linear(widened(rows), wide_NI).mT if len(wide_NI) < MANY else F.linear(wide_NI, widened(rows))
+        y_NO[:, rows] = F.linear(wide_NI, widened(rows)) if few_LI is None else F.linear(widened(rows), few_LI)[:, :N].mT
     return y_NO.view(*x_MI.shape[:-1], O)
 
 

@@ -21,7 +21,8 @@ from .checkpoint import DTYPE_NAMES, Checkpoint
 from .config import K2Error
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-PIECE = 2**22  # bytes
+PIECE = 2**21  # bytes
+READERS = 4  # threads: while one waits for the interpreter, which computes, the disk has the others' pieces
 Key = tuple[int, int]  # layer, expert
 
 
@@ -99,7 +100,7 @@ class Shards:
     changes nothing, since the old one stays open.
     """
 
-    def __init__(self, directory: Path, files, readers: int = 2):
+    def __init__(self, directory: Path, files, readers: int = READERS):
         self.directory = directory
         self.open = {file: open_direct(directory / file) for file in files}
         self.identity = {file: self._identity(file) for file in self.open}

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -375,16 +376,96 @@ def test_reading_ahead_changes_no_bit_at_any_budget(fp8, count):
     assert len(store.ram.free) + len(store.ram.slot_of) == min(count, 22) and store.ram.held == set(store.reading)
 
 
-def test_a_right_guess_is_read_once_and_a_wrong_one_stays_an_ordinary_tenant(fp8):
+def test_a_right_guess_is_read_once_and_a_wrong_one_that_was_read_stays_an_ordinary_tenant(fp8):
     _, store = with_slots(fp8, 8)
     store.ahead(1, [3, 4], 2)
     assert set(store.reading) == {(1, 3), (1, 4)}
+    wait([part for parts in store.reading.values() for part in parts])
     assert [e for e, _ in store.fetch(1, [3])] == [3]
     assert (store.statistics.guessed, store.statistics.guessed_right) == (2, 1) and store.statistics.hits + store.statistics.misses == 1
-    while store.reading:
-        store.settle([])
+    assert not store.reading
     read = store.statistics.bytes_read
     assert [e for e, _ in store.fetch(1, [4])] == [4] and store.statistics.bytes_read == read
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An event without which no read of an expert ends, and the pieces whose reads have begun."""
+    opened, begun, read = threading.Event(), [], reading.Shards.read
+
+    def held_up(shards, piece, room):
+        begun.append(piece)
+        assert opened.wait(20)
+        return read(shards, piece, room)
+
+    monkeypatch.setattr(reading.Shards, "read", held_up)
+    yield opened, begun
+    opened.set()
+
+
+def expert_bits(expert):
+    return [p.detach().view(torch.uint8).clone() for p in expert.parameters()]
+
+
+def until(condition):
+    """Wait for what another thread does."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_wrong_guess_whose_read_has_not_begun_is_called_off_and_its_slot_free(fp8, gate):
+    opened, begun = gate
+    _, store = with_slots(fp8, 8, readers=1)
+    store.ahead(1, [3, 4], 2)
+    until(lambda: begun)
+    arriving = store.fetch(1, [3])
+    opened.set()
+    assert [e for e, _ in arriving] == [3]
+    while store.reading:
+        store.settle(2, set())
+    assert store.statistics.bytes_read == store.record((1, 3)).size and (1, 4) not in store.ram.slot_of and not store.ram.held
+    assert not {piece.begin for piece in begun} & {piece.begin for span in store.record((1, 4)).spans for piece in reading.pieces(span)}
+    assert (store.statistics.guessed, store.statistics.guessed_right) == (2, 1)
+
+
+@pytest.mark.parametrize("begun_already", [False, True])
+def test_what_was_called_off_and_is_asked_for_all_the_same_is_read_again_whole(fp8, gate, monkeypatch, begun_already):
+    opened, begun = gate
+    monkeypatch.setattr(reading, "PIECE", 4096)  # an expert has several pieces
+    _, store = with_slots(fp8, 8, readers=1)
+    store.ahead(1, [4, 3] if begun_already else [3, 4], 2)
+    until(lambda: begun)
+    store.ahead(1, [3], 1)  # a later guess, which does not want 4
+    assert any(part.cancelled() for part in store.reading[1, 4])
+    threading.Timer(0.05, opened.set).start()
+    found = {e: expert_bits(expert) for e, expert in store.fetch(1, [3, 4])}
+    _, other = with_slots(fp8, 8)
+    for e, expert in other.fetch(1, [3, 4]):
+        assert all(torch.equal(a, b) for a, b in zip(found[e], expert_bits(expert), strict=True))
+    assert not store.reading and not store.ram.held
+
+
+def test_right_guesses_come_in_the_order_in_which_they_are_read(fp8):
+    _, store = with_slots(fp8, 8, readers=1)
+    store.ahead(1, [7, 2, 5], 3)
+    with_nothing_landed = store.arriving(deque(), deque(), deque(store.reading))
+    assert [e for e, _ in with_nothing_landed] == [7, 2, 5]
+    store.ahead(2, [7, 2, 5], 3)
+    assert [e for e, _ in store.fetch(2, [2, 5, 6, 7])][-1] == 6
+
+
+def test_the_next_layers_guess_is_read_once_all_of_this_layer_is_under_way(fp8):
+    _, store = with_slots(fp8, 12)
+    store.soon = (2, [8, 9], 2)
+    asked, begin = [], store.begin
+    store.begin = lambda key: asked.append(key) or begin(key)
+    assert {e for e, _ in store.fetch(1, [3, 4])} == {3, 4}
+    assert asked == [(1, 3), (1, 4), (2, 8), (2, 9)]
+    _, small = with_slots(fp8, 1)
+    small.soon = (2, [8, 9], 2)
+    assert {e for e, _ in small.fetch(1, [3, 4])} == {3, 4} and not small.statistics.guessed
 
 
 def test_an_error_in_what_was_read_ahead_waits_for_someone_to_ask(fp8, monkeypatch):
@@ -397,14 +478,17 @@ def test_an_error_in_what_was_read_ahead_waits_for_someone_to_ask(fp8, monkeypat
     assert [e for e, _ in store.fetch(1, [3])] == [3]
 
 
-def test_the_router_before_attention_is_what_guesses(fp8):
+def test_the_routers_before_attention_are_what_guesses(fp8):
     model, store = guessing(fp8, 100)
-    asked = []
+    asked, soon = [], []
     store.ahead = lambda layer, ids, most: asked.append((layer, ids, most))
+    store.call_off_all_but = lambda wanted, layer: soon.append(store.soon)  # settle's; behind the hook of its layer
     model(torch.arange(6))
     model(torch.arange(1))
-    assert [(layer, most) for layer, _, most in asked] == [(1, 6), (2, 6), (1, 1), (2, 1)]
+    A, S = offload.AHEAD, offload.SOON
+    assert [(layer, most) for layer, _, most in asked] == [(1, 6 * A), (2, 6 * S), (2, 6 * A), (1, A), (2, S), (2, A)]
     assert all(len(set(ids)) == len(ids) for _, ids, _ in asked) and len(asked[-1][1]) == 4
+    assert [told[0] if told else None for told in soon] == [2, None, 2, None]
 
 
 # ---- a device's bus, and experts that stay below ----

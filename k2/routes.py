@@ -1,9 +1,9 @@
 """What a model's own routing says about caches: recorded once, replayed through policies without reading a weight.
 
     record      the experts that each token chose, layer by layer, and what each layer's router would have said before
-                its attention
+                its attention, and before the layer in front of it
     replay      the share of them that a store of so many slots would have held, by policy
-    precision   how often a guess made before attention is asked for, by its rank
+    precision   how often such a guess is asked for, by its rank
 
 `python -m k2 bench --replay` prints all three for K2-mini. A policy is an order of eviction: the first of it goes.
 """
@@ -20,22 +20,25 @@ AGEING = 0.98  # what a count keeps from one token to the next: it halves in 34 
 
 @dataclass
 class Routes:
-    """chosen and guessed: for each token, for each layer with experts, expert ids, best first; `experts` a layer has so many."""
+    """chosen and guessed: for each token, for each layer with experts, expert ids, best first; `earlier` the guesses made a
+    layer earlier, of all layers but the first; `experts` a layer has so many."""
 
     chosen: list[list[list[int]]]
     guessed: list[list[list[int]]]
+    earlier: list[list[list[int]]]
     experts: int
 
 
 @torch.inference_mode()
 def record(model: K2, ids: list[int], window: int = 512) -> Routes:
     """Routes of a text, read in windows; as in decoding, every token sees all before it in its window."""
-    layers = model.model.layers[model.config.first_k_dense_replace :]
+    layers = list(model.model.layers[model.config.first_k_dense_replace :])
     said: dict[tuple[str, int], list] = {}
 
     def guess(layer, arguments):
-        index = list(layers).index(layer)
-        said.setdefault(("guessed", index), []).extend(layer.mlp.gate.forward(layer.post_attention_layernorm(arguments[0]))[0].tolist())
+        index = layers.index(layer)
+        for kind, judge in zip(("guessed", "earlier"), layers[index : index + 2]):
+            said.setdefault((kind, layers.index(judge)), []).extend(judge.mlp.gate.forward(judge.post_attention_layernorm(arguments[0]))[0].tolist())
 
     def choose(router, _, result):
         index = [layer.mlp.gate for layer in layers].index(router)
@@ -46,7 +49,7 @@ def record(model: K2, ids: list[int], window: int = 512) -> Routes:
         model(torch.tensor(ids[begin : begin + window]), positions=slice(-1, None))
     for hook in hooks:
         hook.remove()
-    by_token = {kind: [list(token) for token in zip(*(said[kind, i] for i in range(len(layers))))] for kind in ("chosen", "guessed")}
+    by_token = {kind: [list(token) for token in zip(*(said[kind, i] for i in range(len(layers)) if (kind, i) in said))] for kind in ("chosen", "guessed", "earlier")}
     return Routes(**by_token, experts=model.config.n_routed_experts)
 
 
@@ -68,9 +71,10 @@ def replay(routes: Routes, slots: int, policy: str) -> float:
     return hits / asked
 
 
-def precision(routes: Routes) -> list[float]:
-    """For each rank of a guess, the share that the router then chose."""
-    pairs = [(guess, set(choice)) for g, c in zip(routes.guessed, routes.chosen) for guess, choice in zip(g, c)]
+def precision(routes: Routes, earlier: bool = False) -> list[float]:
+    """For each rank of a guess, the share that the router then chose; `earlier`: of the guesses made a layer earlier."""
+    guesses, begin = (routes.earlier, 1) if earlier else (routes.guessed, 0)
+    pairs = [(guess, set(choice)) for g, c in zip(guesses, routes.chosen) for guess, choice in zip(g, c[begin:])]
     return [sum(guess[rank] in choice for guess, choice in pairs) / len(pairs) for rank in range(len(pairs[0][0]))]
 
 
@@ -83,5 +87,6 @@ def table(texts: dict[str, Routes], shares=(0.125, 0.25, 0.5, 0.75)) -> str:
             rates = [replay(routes, max(1, int(share * total)), policy) for share in shares]
             lines.append(f"{name + ', ' + policy:34}" + "".join(f"{rate:>8.1%}" for rate in rates))
     for name, routes in texts.items():
-        lines.append(f"{name}: guessed before attention and then chosen, by rank: " + ", ".join(f"{rate:.0%}" for rate in precision(routes)))
+        for when, earlier in (("before attention", False), ("a layer earlier", True)):
+            lines.append(f"{name}: guessed {when} and then chosen, by rank: " + ", ".join(f"{rate:.0%}" for rate in precision(routes, earlier)))
     return "\n".join(lines)

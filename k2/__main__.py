@@ -613,6 +613,8 @@ def run_bench(options):
     for name in ("rounds", "prompt", "new", "rows"):
         if getattr(options, name) < 1:
             raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
+    if options.rows != 1 and not options.products:
+        raise K2Error("--rows: goes with --products; found it without. Add --products, or leave it out.")
     if options.layers is not None and options.layers < 1 or options.context and min(options.context) < 0:
         raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
     if options.child:

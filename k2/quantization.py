@@ -118,9 +118,10 @@ def fp8_row_product(x_I, code_OI, scale_BG):
     O, I = code_OI.shape
     x_BI = x_I.float() * by_column(scale_BG, I)
     power_B = x_BI.abs().amax(1).frexp().exponent.clamp(-126, 126)
-    half_BI = (x_BI * power_of_two(-power_B).unsqueeze(1)).half()
-    if (half_BI.abs() < FAINT).sum() > FAINT_SHARE * half_BI.numel():
+    x_BI *= power_of_two(-power_B).unsqueeze(1)
+    if (x_BI.abs() < FAINT).sum() > FAINT_SHARE * x_BI.numel():
         return None
+    half_BI = x_BI.half()
     y_O, pieces = torch.empty(O, dtype=torch.float16), panels(O, I, BLOCK)
     room = torch.empty(pieces[0].stop, I, dtype=torch.int16)
     for rows in pieces:

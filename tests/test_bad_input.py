@@ -455,6 +455,10 @@ def test_a_benchmark_of_no_rounds_is_one_line(capfd):
     assert "--rounds: found 0; expected 1 or more" in one_line(capfd, ["bench", "--rounds", "0"])
 
 
+def test_rows_without_products_are_one_line(capfd):
+    assert "--rows: goes with --products" in one_line(capfd, ["bench", "--rows", "4"])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("words", [["generate", "x", "--device", "cpu", "--max-new-tokens", "2", "--model"], ["bench", "--json", "--rounds", "1", "--prompt", "4", "--new", "1"]], ids=["text", "statistics"])
 def test_a_disk_that_fills_up_behind_stdout_is_one_line(whole, words):

@@ -22,8 +22,9 @@ import math
 import os
 import re
 import time
+import weakref
 from collections import OrderedDict, deque
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors, filled_model,
 from .compiled import Compiler, with_compiled_products
 from .config import K2Config, K2Error
 from .expert import Expert
+from .interrupts import whole
 from .model import K2
 from .products import OneRow, many_rows_product, single_row_product
 from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
@@ -166,6 +168,7 @@ class ExpertStore:
         self.shards = Shards(checkpoint.directory, {file for name, file in checkpoint.weight_map.items() if ".mlp.experts." in name}, readers)
         self.reading: dict[Key, list[Future]] = {}  # slots that are being filled
         self.guesses: set[Key] = set()  # those of them, or of the filled ones, that nobody has asked for yet
+        self.handing_out = lambda: None  # the last request's experts, `arriving`, if they are still about
         self.soon: tuple[int, list[int], int] | None = None  # what `ahead` is to be asked once the disk is done with a layer
         self.kept: dict[str, torch.Tensor] = {}
         self.bus = Bus(size, device) if self.upper is not self.ram else None
@@ -186,6 +189,7 @@ class ExpertStore:
         """The same for a model whose other weights are elsewhere."""
         return VisitedExperts(self, index)
 
+    @whole
     def fetch(self, layer: int, ids: list[int]):
         """Start reading what is not in memory, as far as there are slots to read into; an iterator of (id, expert)."""
         keys = [(layer, e) for e in ids]
@@ -202,38 +206,53 @@ class ExpertStore:
             self.lift(key)
         if self.soon and not missing:
             self.ahead(*self.soon)
-        return self.arriving(ready + below, missing, coming)
+        arriving = self.arriving(ready + below, missing, coming)
+        self.handing_out = weakref.ref(arriving)
+        return arriving
 
     def settle(self, layer: int, wanted: set[Key]):
-        """Call off what was read ahead for this layer and is not wanted, and make ordinary tenants of what came to its end."""
+        """End the request before, call off what was read ahead for this layer and is not wanted, and make ordinary tenants
+        of what came to its end."""
+        if before := self.handing_out():
+            before.close()
         self.call_off_all_but(wanted, layer)
-        for key in [k for k, parts in self.reading.items() if all(part.done() for part in parts) or k in wanted and any(part.cancelled() for part in parts)]:
-            self.end(key)
-        self.ram.held = set(self.reading)
-        self.upper.held = self.ram.held if self.upper is self.ram else set()
-        for key in self.guesses & wanted:
-            self.statistics.guessed_right += 1
-            self.guesses.discard(key)
+        for key, parts in list(self.reading.items()):
+            of_no_use = key in wanted if called_off(parts) else key not in self.guesses  # the latter: a request that was broken off
+            if of_no_use or all(part.done() for part in parts):
+                self.end(key)
+        self.let_go()
+        self.guesses &= self.ram.slot_of.keys()
+        self.statistics.guessed_right += len(self.guesses & wanted)
+        self.guesses -= wanted
 
+    @whole
     def ahead(self, layer: int, ids: list[int], most: int):
         """Start reading up to `most` experts that a layer will probably ask for, the most probable first; what an earlier
         guess wanted and this one does not is called off."""
         self.call_off_all_but({(layer, e) for e in ids}, layer)
+        for key, parts in list(self.reading.items()):
+            if all(part.done() for part in parts) and called_off(parts):
+                self.end(key)
         for key in [(layer, e) for e in ids if (layer, e) not in self.ram.slot_of and (layer, e) not in self.upper.slot_of][:most]:
             if len(self.reading) + 1 < len(self.ram.rooms) // 2 and self.ram.reserve(key):  # the rest stays free for what is asked for
+                self.begin(key)
                 self.guesses.add(key)
                 self.statistics.guessed += 1
-                self.begin(key)
 
+    @whole
     def start_reading(self, missing: deque, coming: deque):
         """Hand the readers as many experts as there are slots that nobody holds."""
         while missing and self.ram.reserve(missing[0]):
+            self.begin(missing[0])
             coming.append(missing.popleft())
-            self.begin(coming[-1])
 
     def begin(self, key: Key):
-        """Let the readers fill an expert's slot."""
-        self.reading[key] = self.shards.start(self.record(key), memoryview(self.ram.room(key).numpy()))
+        """Let the readers fill an expert's slot, or give it back."""
+        try:
+            self.reading[key] = self.shards.start(self.record(key), memoryview(self.ram.room(key).numpy()))
+        except BaseException:
+            self.ram.forget(key)
+            raise
 
     def record(self, key: Key) -> Record:
         """Where the expert lies; looked up once."""
@@ -252,26 +271,31 @@ class ExpertStore:
         """See a read to its end that nobody asked for: a tenant, or a free slot where it failed or was called off."""
         try:
             self.land(key)
-        except (K2Error, CancelledError):
-            pass  # whoever asks for it will read it again, and be told
+        except BaseException:  # what a reader met or died of; whoever asks for this expert will read it again, and be told
+            pass
 
     def land(self, key: Key):
-        """Wait until a slot is filled. However this fails, no slot that was not filled counts as filled."""
-        parts, started = self.reading[key], time.perf_counter()
+        """Wait until a slot is filled. However this fails, no slot that was not filled counts as filled; a Ctrl-C while it
+        waits leaves the read as it is, under way."""
+        started = time.perf_counter()
+        while not self.shards.ended(self.reading[key]):
+            pass
+        self.statistics.seconds_waited += time.perf_counter() - started
+        self.landed(key)
+
+    @whole
+    def landed(self, key: Key):
+        """The readers are out of a slot: take it for filled, or give it back and say why."""
         try:
-            for part in parts:
+            for part in self.reading.pop(key):
                 self.statistics.bytes_read += part.result()
-        except BaseException:  # Ctrl-C too
-            wait([part for part in parts if not part.cancelled()])
+        except BaseException:
             self.ram.forget(key)
             raise
-        finally:
-            del self.reading[key]
-            self.statistics.seconds_waited += time.perf_counter() - started
 
     def arriving(self, hits: list[Key], missing: deque, coming: deque):
         """Yield the hits, then each miss as it lands, in the order in which they are read. An expert may be used until
-        the next one is asked for: only then is its slot let go. However this ends, no slot is left held."""
+        the next one is asked for: only then is its slot let go. However this ends, only what is being read is held."""
         try:
             for key in hits:
                 yield key[1], self.expert(key)
@@ -288,18 +312,22 @@ class ExpertStore:
                 self.release(key)
                 self.start_reading(missing, coming)
         finally:
-            for key in [k for k in coming if k in self.reading]:
-                wait(self.reading.pop(key))
-                self.ram.forget(key)
-            self.ram.held.intersection_update(self.reading)
-            self.upper.held.intersection_update(self.reading)
+            self.let_go()
 
+    @whole
+    def let_go(self):
+        """Hold nothing but what is being read."""
+        self.ram.held = set(self.reading)
+        self.upper.held = self.ram.held if self.upper is self.ram else set()
+
+    @whole
     def make_way(self):
         """Every slot is taken by what was read ahead: wait for one and let it go."""
         key = next(iter(self.reading))
         self.end(key)
         self.ram.held.discard(key)
 
+    @whole
     def release(self, key: Key):
         """Let its slots be given to others."""
         self.ram.held.discard(key)
@@ -309,12 +337,17 @@ class ExpertStore:
         """Start copying an expert up, unless every slot there is held."""
         if key in self.upper.held or not self.upper.reserve(key):
             return key in self.upper.held
-        self.crossing[key] = self.bus.carry(self.ram.room(key), self.upper.room(key))
+        try:
+            self.crossing[key] = self.bus.carry(self.ram.room(key), self.upper.room(key))
+        except BaseException:
+            self.upper.forget(key)
+            raise
         self.ram.held.discard(key)
         self.statistics.lifted += 1
         self.statistics.bytes_lifted += self.record(key).size
         return True
 
+    @whole
     def expert(self, key: Key) -> nn.Module:
         """The expert's module in the tier that computes, its bytes copied up if they were not there."""
         if self.bus and not self.upper.hold(key):
@@ -360,6 +393,11 @@ class ExpertStore:
                 files.check_int4_shape(self.checkpoint, full.removesuffix(".weight_shape"), {**parts, "weight_shape": small})
             self.kept[full] = small.clone().to(self.device)
         return self.kept[full]
+
+
+def called_off(parts: list[Future]) -> bool:
+    """Whether some pieces of an expert will not be read."""
+    return any(part.cancelled() for part in parts)
 
 
 def large_tensors(checkpoint: Checkpoint) -> dict[str, int]:

@@ -10,7 +10,7 @@ a span of its own.
 """
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,11 @@ import torch
 from .ceilings import PAGE, open_direct
 from .checkpoint import DTYPE_NAMES, Checkpoint
 from .config import K2Error
+from .interrupts import whole
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 PIECE = 2**21  # bytes
+PATIENCE = 0.1  # seconds; a Ctrl-C comes through between two waits
 READERS = 4  # threads: while one waits for the interpreter, which computes, the disk has the others' pieces
 Key = tuple[int, int]  # layer, expert
 
@@ -111,8 +113,20 @@ class Shards:
         return status.st_size, status.st_mtime_ns
 
     def start(self, record: Record, room: memoryview) -> list[Future]:
-        """Hand an expert's pieces to the readers, in order; each future gives the bytes it read."""
-        return [self.readers.submit(self.read, piece, room) for span in record.spans for piece in pieces(span)]
+        """Hand an expert's pieces to the readers, in order, all or none; each future gives the bytes it read."""
+        parts = []
+        try:
+            for piece in [piece for span in record.spans for piece in pieces(span)]:
+                parts.append(self.readers.submit(self.read, piece, room))
+        except BaseException:
+            wait([part for part in parts if not part.cancel()])
+            raise
+        return parts
+
+    @whole
+    def ended(self, parts: list[Future]) -> bool:
+        """Whether no reader is at these pieces any more, which it waits for up to PATIENCE seconds."""
+        return not wait([part for part in parts if not part.cancelled()], PATIENCE).not_done
 
     def read(self, span: Span, room: memoryview) -> int:
         """Fill the span's part of a room; returns the bytes read. The last page of a file may be a part of one."""

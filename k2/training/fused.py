@@ -16,6 +16,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ..model import K2
 from ..moe import MoE
@@ -71,6 +72,7 @@ class Joined(torch.autograd.Function):
         return together(weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_JOI):
         """Views, so that the optimizer finds the gradients side by side too."""
         return grad_JOI.unbind()
@@ -98,6 +100,7 @@ class Normalised(torch.autograd.Function):
         return weight_I * unit_TI
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TI):
         """The gradients of x and of the weight."""
         unit_TI, scale_T1, weight_I = ctx.saved_tensors

@@ -331,7 +331,7 @@ def pressed_at(line: int):
         signal.signal(signal.SIGINT, usual)
 
 
-@pytest.mark.parametrize(("upper", "step"), [(None, 29), (2, 31), pytest.param(None, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("upper", "step"), [(None, 30), (2, 30), pytest.param(None, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_line_of_the_store_leaves_it_right(fp8, upper, step):
     expected = bytes_of(with_slots(fp8, 22)[1], (1, list(range(11))))
     requests, line, interrupted = [[0, 1, 2], [1, 3, 4], [5, 0, 1]], 0, 0

@@ -314,11 +314,6 @@ MUTANTS = (
         "tests/test_offload.py::test_a_thread_that_cannot_be_started_is_an_error_and_no_stale_expert",
     ),
     Mutant(
-        "a slot whose read failed counts as filled", "offload.py",
-        "part.result()\n        except BaseException:\n            self.ram.forget(key)\n", "part.result()\n        except BaseException:\n",
-        "tests/test_offload.py::test_a_read_error_names_the_shard_and_the_next_request_works",
-    ),
-    Mutant(
         "few rows: every block of rows scaled as the first", "quantization.py",
         "panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))", "panel_products(x_BMI, values(code_OI[rows]))",
         "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",

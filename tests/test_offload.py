@@ -359,24 +359,26 @@ def test_ctrl_c_at_any_line_of_the_store_leaves_it_right(fp8, upper, step):
     assert interrupted > 0.9 * line / step > 20, (interrupted, line)  # in each run the press came, and was not lost
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_and_no_stale_expert(fp8):
-    expected = bytes_of(with_slots(fp8, 22)[1], (1, [0, 1, 2]))
-    for when in range(1, 8):
-        _, store = with_slots(fp8, 4)
-        calls, submit = [], store.shards.readers.submit
+def test_a_thread_that_cannot_be_started_is_an_error_and_no_stale_expert():
+    with tempfile.TemporaryDirectory() as folder:
+        save(random_model(small_config()), Path(folder) / "model", format="fp32", shards=1)
+        expected = bytes_of(with_slots(Path(folder) / "model", 22)[1], (1, [0, 1, 2]))
+        for when in range(1, 5):
+            _, store = with_slots(Path(folder) / "model", 4)
+            calls, submit = [], store.shards.readers.submit
 
-        def refused(*arguments, calls=calls, submit=submit, when=when):
-            calls.append(1)
-            if len(calls) == when:
-                raise RuntimeError("can't start new thread")
-            return submit(*arguments)
+            def refused(*arguments, calls=calls, submit=submit, when=when):
+                calls.append(1)
+                if len(calls) == when:
+                    raise RuntimeError("can't start new thread")
+                return submit(*arguments)
 
-        store.shards.readers.submit = refused
-        with contextlib.suppress(RuntimeError):
-            bytes_of(store, (1, [0, 1, 2]))
-        store.shards.readers.submit = submit
-        found = bytes_of(store, (1, [0, 1, 2]))
-        assert all(torch.equal(a, b) for e in expected for a, b in zip(found[e], expected[e], strict=True))
+            store.shards.readers.submit = refused
+            with contextlib.suppress(RuntimeError):
+                bytes_of(store, (1, [0, 1, 2]))
+            store.shards.readers.submit = submit
+            found = bytes_of(store, (1, [0, 1, 2]))
+            assert all(torch.equal(a, b) for e in expected for a, b in zip(found[e], expected[e], strict=True)), f"refused at {when}"
 
 
 def test_a_request_that_was_never_taken_up_holds_no_slot_for_good(fp8):

@@ -115,14 +115,16 @@ def sparsity_holds(result):
 
 
 CLAIMS = {"optimizer": optimizer_holds, "sparsity": sparsity_holds, "clip": clip_holds, "balance": balance_holds, "newton-schulz": newton_schulz_holds, "rephrasing": rephrasing_holds}
+SEEDS = {"rephrasing": [7, 8, 9], "sparsity": [0, 1, 2]}  # of the others one will do
 SHORT = {"optimizer": 200, "clip": 120, "balance": 150, "newton-schulz": 200}  # steps; sparsity and rephrasing take all of theirs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_claim_holds_in_a_shortened_run(name):
-    """One seed, but for rephrasing: of 150 questions two arms differ by 0.04 through chance alone, so that one of six pairs was equal."""
-    CLAIMS[name](experiments.experiment(name, [7, 8, 9] if name == "rephrasing" else [7], SHORT.get(name)))
+    """Three seeds where one proves nothing: of rephrasing's 150 questions two arms differ by 0.04 through chance alone, and one
+    arm of sparsity ended 0.04 bits per byte elsewhere when sums were taken in another order."""
+    CLAIMS[name](experiments.experiment(name, SEEDS.get(name, [7]), SHORT.get(name)))
 
 
 @pytest.mark.parametrize("name", CLAIMS)

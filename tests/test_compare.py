@@ -19,6 +19,7 @@ from k2.recording import Recording, Rows, call_names, place
 TOKENS = 24
 NO_FORWARD = {  # what no forward pass of a loaded model shows, by file
     "training/muonclip.py": "changes weights in training",
+    "training/fused.py": "trains",
     "chat.py": "writes prompts", "reply.py": "reads text", "grammar.py": "reads text", "constraint.py": "masks logits", "sampling.py": "reads logits",
 }  # fmt: skip
 

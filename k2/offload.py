@@ -227,13 +227,13 @@ class ExpertStore:
 
     @whole
     def ahead(self, layer: int, ids: list[int], most: int):
-        """Start reading up to `most` experts that a layer will probably ask for, the most probable first; what an earlier
+        """Start reading what is not in memory of the `most` experts that a layer will most probably ask for; what an earlier
         guess wanted and this one does not is called off."""
         self.call_off_all_but({(layer, e) for e in ids}, layer)
         for key, parts in list(self.reading.items()):
             if all(part.done() for part in parts) and called_off(parts):
                 self.end(key)
-        for key in [(layer, e) for e in ids if (layer, e) not in self.ram.slot_of and (layer, e) not in self.upper.slot_of][:most]:
+        for key in [(layer, e) for e in ids[:most] if (layer, e) not in self.ram.slot_of and (layer, e) not in self.upper.slot_of]:
             if len(self.reading) + 1 < len(self.ram.rooms) // 2 and self.ram.reserve(key):  # the rest stays free for what is asked for
                 self.begin(key)
                 self.guesses.add(key)

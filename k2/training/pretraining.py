@@ -27,7 +27,6 @@ from .curves import Curve
 from .fused import fuse, lay_together
 from .muonclip import QUINTIC, MuonClip
 
-
 HEAD_ROWS = 1024  # tokens whose logits exist at a time
 
 
@@ -182,7 +181,7 @@ class Trainer:
         self.model = new_model(config, run.seed) if model is None else model.float().requires_grad_()
         self.device = torch.device(device)
         self.model.to(self.device)
-        lay_together(self.model)
+        lay_together(self.model)  # before the optimizer, whose stacks and masters then are views of the same memory
         self.balancer = Balancer(self.model, run)
         # The optimizer copies its float32 masters before the cast.
         self.optimizer = MuonClip(self.model, run.lr, run.adamw_lr, newton_schulz=run.newton_schulz, weight_decay=run.weight_decay, tau=run.tau, muon=run.muon)

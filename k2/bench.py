@@ -23,6 +23,7 @@ from .kv_cache import LatentCache
 from .offload import load, store_of, weight_bytes
 
 WARM_UP = 4  # decode steps before the clock starts
+RANGES = ("prefill", "decode", "ram_share", "disk_share", "prefill_disk_share")  # what a median alone says too little of
 
 COLUMNS = {  # title: (key, width, format)
     "load s": ("load", 8, ".2f"), "first s": ("first", 9, ".2f"), "prefill t/s": ("prefill", 13, ".1f"), "decode t/s": ("decode", 12, ".2f"),
@@ -33,15 +34,17 @@ COLUMNS = {  # title: (key, width, format)
 
 def bench(directory, budgets: list, settings: dict, rounds: int) -> dict:
     """Measure a checkpoint at each budget of RAM in bytes (None: what is free); {ceilings, runs: [medians by budget]}.
-    The ceilings are measured before each round, and the best of them counts."""
-    runs, ceilings = {budget: [] for budget in budgets}, {}
+    The ceilings are measured before and after each run, as they change within minutes on a machine that others use too: a
+    run's shares are of the better of the two."""
+    runs, measured = {budget: [] for budget in budgets}, [measured_ceilings(directory, settings["device"])]
     for _ in range(rounds):
-        for name, rate in measured_ceilings(directory, settings["device"]).items():
-            ceilings[name] = max(rate, ceilings.get(name, 0.0))
         for budget, found in runs.items():
-            found.append(run_child(directory, {**settings, "ram": budget}))
+            run = run_child(directory, {**settings, "ram": budget})
+            measured.append(measured_ceilings(directory, settings["device"]))
+            found.append(with_shares(run, {name: max(rate, measured[-2][name]) for name, rate in measured[-1].items()}))
+    ceilings = {name: sorted(rates[name] for rates in measured) for name in measured[0]}
     return {"checkpoint": str(directory), "threads": torch.get_num_threads(), **settings, "ceilings": ceilings,
-            "runs": [with_shares(middle_of(found), ceilings) for found in runs.values()]}  # fmt: skip
+            "runs": [middle_of(found) for found in runs.values()]}  # fmt: skip
 
 
 def measured_ceilings(directory, device: str) -> dict[str, float]:
@@ -62,9 +65,9 @@ def run_child(directory, settings: dict) -> dict:
 
 
 def middle_of(found: list[dict]) -> dict:
-    """The median of each figure, and the range of the two speeds."""
+    """The median of each figure, and the range of the speeds and shares."""
     middle = {key: median(run[key] for run in found) if isinstance(value, (int, float)) else value for key, value in found[0].items()}
-    return middle | {f"{key}_range": [min(run[key] for run in found), max(run[key] for run in found)] for key in ("prefill", "decode")}
+    return middle | {f"{key}_range": [min(run[key] for run in found), max(run[key] for run in found)] for key in RANGES if key in middle}
 
 
 def with_shares(run: dict, ceilings: dict[str, float]) -> dict:
@@ -167,7 +170,7 @@ def active_bytes(directory, settings: dict) -> float:
 
 def table(result: dict) -> str:
     """The result in words and columns."""
-    ceilings = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in result["ceilings"].items())
+    ceilings = ", ".join(f"{name} {rates[0] / 1e9:.1f} to {rates[-1] / 1e9:.1f} GB/s" for name, rates in result["ceilings"].items())
     lines = [f"{Path(result['checkpoint']).name}: prompt {result['prompt']}, {result['new']} new tokens, {result['threads']} threads; ceilings measured: {ceilings}",
              f"{'RAM':>10}" + "".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items())]  # fmt: skip
     for run in result["runs"]:

@@ -42,22 +42,29 @@ def row_expert(x_MD, gate_FD, up_FD, down_DF):
     return (down_DF.float() * (F.silu(gate_F) * up_F)).sum(-1)[None].to(x_MD.dtype)
 
 
+def fp8_widened(code_OI):
+    """float8_e4m3fn codes as float32, exactly, 2^8 times too small as in quantization.fp8_halves. No code may be NaN.
+
+    Sign, exponent and fraction are moved to where float32 has them, with 112 added to the exponent: twice as fast as the
+    compiler's own way. Where a code's exponent is 0 its fraction has no 1 in front, as float32's now has: f, which stands
+    there as (1 + f) 2^-15, must become f 2^-14.
+    """
+    code_OI = code_OI.view(torch.int8).int()
+    bits_OI = code_OI << 20 & -0x7810_0000 | 112 << 23
+    value_OI, one_OI = bits_OI.view(torch.float32), (bits_OI & -0x8000_0000 | 113 << 23).view(torch.float32)  # the latter +-2^-14
+    return torch.where(code_OI & 0x78 == 0, 2 * value_OI - one_OI, value_OI)
+
+
 def fp8_row(x_I, code_OI, scale_BG):
-    """W x for float8_e4m3fn codes, float32 (O,): each block's sum is scaled, not each weight."""
-    part_OG = (code_OI.float().unflatten(-1, (-1, BLOCK)) * x_I.unflatten(0, (-1, BLOCK))).sum(-1)
-    return (part_OG * scale_BG.repeat_interleave(BLOCK, dim=0)[: len(code_OI)]).sum(-1)
+    """W x for float8_e4m3fn codes, (I,) -> (O,), both float32: each block's sum is scaled, not each weight."""
+    part_OG = (fp8_widened(code_OI).unflatten(-1, (-1, BLOCK)) * x_I.unflatten(0, (-1, BLOCK))).sum(-1)
+    return (part_OG * (scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=0)[: len(code_OI)]).sum(-1)
 
 
-def fp8_row_product(x_MI, code_OI, scale_BG):
-    """x W^T for one row of x, (1, O)."""
-    return fp8_row(x_MI[0].float(), code_OI, scale_BG)[None].to(x_MI.dtype)
-
-
-def fp8_row_expert(x_MD, gate_FD, up_FD, down_DF, gate_BG, up_BG, down_BG):
-    """An expert's answer to one row, (1, D), from its codes and scales."""
-    x_D = x_MD[0].float()
+def fp8_row_expert(x_D, gate_FD, up_FD, down_DF, gate_BG, up_BG, down_BG):
+    """An expert's answer to one row, float32 (D,), from its codes and scales."""
     h_F = F.silu(fp8_row(x_D, gate_FD, gate_BG)) * fp8_row(x_D, up_FD, up_BG)
-    return fp8_row(h_F, down_DF, down_BG)[None].to(x_MD.dtype)
+    return fp8_row(h_F, down_DF, down_BG)
 
 
 class Compiled(OneRow, nn.Module):
@@ -77,6 +84,21 @@ class Compiled(OneRow, nn.Module):
         return self.function(x_MI.view(1, -1), *self.weights).view(*x_MI.shape[:-1], -1)
 
 
+class CompiledCodes(Compiled):
+    """The same for FP8 codes, unless there is a NaN among them."""
+
+    def __init__(self, plain: nn.Module, function, parts: list[FP8CodesLinear]):
+        super().__init__(plain, function, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
+        self.parts = parts
+
+    def one_row(self, x_MI):
+        """The function that stands in for the module; a NaN goes the plain way, which keeps it. x is widened here: with
+        bfloat16 in it the function is compiled to one that is ten times slower."""
+        if not all(part.has_no_nan() for part in self.parts):
+            return self.plain(x_MI)
+        return self.function(x_MI.flatten().float(), *self.weights).to(x_MI.dtype).view(*x_MI.shape[:-1], -1)
+
+
 class Compiler:
     """The compiled form of each module that has one. Without `experts` the routed ones stay as they are: those that a store
     widens for each product have none, and memory must not change the text. Raises K2Error where nothing can be compiled."""
@@ -87,7 +109,7 @@ class Compiler:
             raise K2Error("--compile: expected a C++ compiler, g++, clang++ or the one that CXX names; found none. Install one, or leave --compile out.")
         self.experts = experts
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
-            torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row_product, fp8_row_expert)
+            torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row, fp8_row_expert)
         )
 
     def form_of(self, module: nn.Module) -> nn.Module:
@@ -101,13 +123,13 @@ class Compiler:
                     return module
                 return Compiled(module, self.expert, [part.weight for part in parts])
             if all(in_whole_blocks(part) for part in parts):
-                return Compiled(module, self.fp8_expert, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
+                return CompiledCodes(module, self.fp8_expert, parts)
         elif isinstance(module, nn.Linear):
             if takes_mv(module.weight):
                 return module
             return Compiled(module, self.logits if isinstance(module, OutputHead) else self.product, [module.weight])
         elif in_whole_blocks(module):
-            return Compiled(module, self.fp8_product, [module.weight, module.weight_scale_inv])
+            return CompiledCodes(module, self.fp8_product, [module])
         return module
 
 

@@ -537,6 +537,11 @@ def guess_ahead(layer, arguments, following=None):
     store.soon = guess(following, x_TD, SOON) if following else None
 
 
+def guess_first(first, layer, arguments):
+    """The same before the last dense layer, for the first one with experts."""
+    first.mlp.experts.store.ahead(*guess(first, arguments[0].flatten(0, -2), SOON))
+
+
 def guess(layer, x_TD, each: int) -> tuple[int, list[int], int]:
     """(a layer's number, the experts that its router would choose now, most wanted first, how many of them to read)."""
     expert_ids_TK, _ = layer.mlp.gate(layer.post_attention_layernorm(x_TD))
@@ -620,9 +625,11 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
 
 def with_guesses(model: K2) -> K2:
     """The model, its layers with experts told to read ahead."""
-    layers = model.model.layers[model.config.first_k_dense_replace :]
+    dense, layers = model.model.layers[: model.config.first_k_dense_replace], model.model.layers[model.config.first_k_dense_replace :]
     for layer, following in zip(layers, [*layers[1:], None]):
         layer.register_forward_pre_hook(functools.partial(guess_ahead, following=following))
+    if dense and layers:
+        dense[-1].register_forward_pre_hook(functools.partial(guess_first, layers[0]))
     return model
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
-LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
+LARGE = 2**21  # weights from which torch.mv is worth a call that costs more, on a processor without tiles
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
 STEP = 16  # rows of x that a float32 kernel takes at once, where they are the second factor
 MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
@@ -39,12 +39,18 @@ def wants_mv(dtype, device) -> bool:
 
 def takes_mv(weight_OI) -> bool:
     """Whether a single row meets this matrix in torch.mv."""
-    return weight_OI.numel() >= LARGE and wants_mv(weight_OI.dtype, weight_OI.device)
+    return wants_mv(weight_OI.dtype, weight_OI.device) and (weight_OI.numel() >= LARGE or has_tiles())
 
 
 def wants_float32(x_MI) -> bool:
     """Whether a product of many rows like these is faster in float32. Not in training, which would keep the wide copies."""
     return x_MI.dtype == torch.bfloat16 and x_MI.device.type == "cpu" and not x_MI.requires_grad and not has_bfloat16()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX), which F.linear then fills for a single row too."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @functools.cache

@@ -24,8 +24,7 @@ GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 FEW = 16  # rows of x from which widening the weights is worth its time
-FAINT = 2.0**-16  # float16 has fewer bits below 2^-14: here they are about bfloat16's
-FAINT_SHARE = 1 / 8  # of a row's numbers that may be smaller; more are, where one number is 2^14 times as large as most
+PIECE = 2**18  # weights that are widened at a time on a CPU: 1 MiB of float32, which the cache of a core holds
 
 
 def fp8_halves(code_OI, room=None):
@@ -64,12 +63,21 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
 
     `values` may be fp8_finite_values where no code is NaN.
     """
-    O, I = code_OI.shape
-    weight_OI = torch.empty(O, I, dtype=dtype, device=code_OI.device)
-    scale_BI = by_column(scale_BG * 2.0**8, I)
-    for rows in panels(O, I, BLOCK):
+    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
+    scale_BI = by_column(scale_BG * 2.0**8, code_OI.shape[1])
+    for rows in pieces(code_OI):
         weight_OI[rows] = fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])
     return weight_OI
+
+
+def pieces(code_OI) -> list[slice]:
+    """The rows that are widened at a time. On a CPU they are so few that all that is made of them stays in a core's cache,
+    and lie in one block; elsewhere they are whole blocks."""
+    O, I = code_OI.shape
+    if code_OI.device.type != "cpu":
+        return panels(O, I, BLOCK)
+    step = max(1, PIECE // I)
+    return [slice(begin, min(begin + step, block + BLOCK, O)) for block in range(0, O, BLOCK) for begin in range(block, min(block + BLOCK, O), step)]
 
 
 def by_column(scale_BG, columns: int):
@@ -93,58 +101,29 @@ def fp8_product(x_MI, code_OI, scale_BG, values=fp8_values):
     float32 throughout (float64 for a float64 x): more exact than rounding the weights to bfloat16 first. `values` may
     be fp8_finite_values where no code is NaN.
     """
-    wide, (O, I) = torch.promote_types(x_MI.dtype, torch.float32), code_OI.shape
-    x_BMI = x_MI.to(wide) * by_column(scale_BG.to(wide) * 2.0**8, I).unsqueeze(1)
-    parts = [part for rows in panels(O, I, BLOCK) for part in panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))]
-    return torch.cat(parts, dim=-1).to(x_MI.dtype)
-
-
-def panel_products(x_BMI, value_OI):
-    """The columns of a panel's product, (M, whole blocks' rows) and, of a last block with fewer rows, (M, the rest)."""
-    value_OI, whole = value_OI.to(x_BMI.dtype), len(value_OI) // BLOCK
-    blocks = x_BMI[:whole] @ value_OI[: whole * BLOCK].unflatten(0, (whole, BLOCK)).mT
-    yield blocks.transpose(0, 1).flatten(1)
-    if whole * BLOCK < len(value_OI):
-        yield x_BMI[whole] @ value_OI[whole * BLOCK :].mT
+    wide = torch.promote_types(x_MI.dtype, torch.float32)
+    x_BMI = x_MI.to(wide) * by_column(scale_BG.to(wide) * 2.0**8, code_OI.shape[1]).unsqueeze(1)
+    return torch.cat([x_BMI[rows.start // BLOCK] @ values(code_OI[rows]).to(wide).mT for rows in pieces(code_OI)], dim=-1).to(x_MI.dtype)
 
 
 def fp8_row_product(x_I, code_OI, scale_BG):
-    """W x for one row of bfloat16, (I,) -> (O,), by torch's float16 kernel, which sums in float32: codes are float16
-    numbers as they are, and what a product of one row takes is mostly time to make them. No code may be NaN.
-
-    Each block of 128 rows has its own x times scales, brought to just below 1 by a power of two, rounded to float16, which
-    has three bits more than bfloat16, and the answer is brought back. None where float16's range is too short for that.
-    """
-    O, I = code_OI.shape
-    x_BI = x_I.float() * by_column(scale_BG, I)
-    power_B = x_BI.abs().amax(1).frexp().exponent.clamp(-126, 126)
-    x_BI *= power_of_two(-power_B).unsqueeze(1)
-    if (x_BI.abs() < FAINT).sum() > FAINT_SHARE * x_BI.numel():
-        return None
-    half_BI = x_BI.half()
-    y_O, pieces = torch.empty(O, dtype=torch.float16), panels(O, I, BLOCK)
-    room = torch.empty(pieces[0].stop, I, dtype=torch.int16)
-    for rows in pieces:
-        half_PI = fp8_halves(code_OI[rows], room)
-        for begin in range(rows.start, rows.stop, BLOCK):
-            block = slice(begin - rows.start, begin - rows.start + BLOCK)
-            torch.mv(half_PI[block], half_BI[begin // BLOCK], out=y_O[rows][block])
-    back_O = power_of_two(power_B).repeat_interleave(BLOCK)[:O]
-    return (y_O.float() * 2.0**8 * back_O).to(x_I.dtype)
-
-
-def power_of_two(exponent):
-    """2^exponent exactly, float32, for int32 exponents -126 ... 127: they are the upper bits."""
-    return (exponent + 127 << 23).view(torch.float32)
+    """fp8_product for one row, (I,) -> (O,), and codes of which none is NaN. It takes little but time to widen them, so every
+    piece is widened into the same place."""
+    (O, I), some = code_OI.shape, pieces(code_OI)
+    x_BI = x_I.float() * by_column(scale_BG * 2.0**8, I)
+    halves, wide, y_O = torch.empty(some[0].stop, I, dtype=torch.int16), torch.empty(some[0].stop, I), torch.empty(O)
+    for rows in some:
+        value_PI = wide[: rows.stop - rows.start].copy_(fp8_halves(code_OI[rows], halves))
+        torch.mv(value_PI, x_BI[rows.start // BLOCK], out=y_O[rows])
+    return y_O.to(x_I.dtype)
 
 
 def fp8_many_rows_product(x_MI, code_OI, scale_BG, values=fp8_values):
     """x W^T for many rows, (..., M, O): the weights are widened, to x's dtype or to the one that the CPU multiplies in."""
-    O, I = code_OI.shape
     if not wants_float32(x_MI):
         return F.linear(x_MI, fp8_dequantize(code_OI, scale_BG, x_MI.dtype, values))
-    scale_BI = by_column(scale_BG * 2.0**8, I)
-    return float32_product(x_MI, panels(O, I, BLOCK), lambda rows: fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :]))
+    scale_BI = by_column(scale_BG * 2.0**8, code_OI.shape[1])
+    return float32_product(x_MI, panels(*code_OI.shape, BLOCK), lambda rows: fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :]))
 
 
 def fp8_quantize(weight_OI):
@@ -209,27 +188,29 @@ class FP8CodesLinear(OneRow, FP8Linear):
 
     def one_row(self, x_MI):
         """W x, (..., I) -> (..., O)."""
-        self.values = self.values or self.reading()
-        y_O = None
-        if x_MI.dtype == torch.bfloat16 and self.values is fp8_finite_values and not x_MI.requires_grad:
-            y_O = fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv)
-        return self.few_rows(x_MI) if y_O is None else y_O.view(*x_MI.shape[:-1], -1)
+        if x_MI.dtype == torch.float64 or x_MI.requires_grad or not self.has_no_nan():
+            return self.few_rows(x_MI)
+        return fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv).view(*x_MI.shape[:-1], -1)
 
     def many_rows(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""
-        self.values = self.values or self.reading()
         if x_MI.shape[:-1].numel() < FEW:
             return self.few_rows(x_MI)
-        return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.values)
+        return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.reading())
 
     def few_rows(self, x_MI):
-        """The same where the rows are fewer than FEW, or one that float16 does not do."""
+        """The same where the rows are fewer than FEW, or one that fp8_row_product does not take."""
         rows = x_MI.reshape(-1, x_MI.shape[-1])
-        return fp8_product(rows, self.weight, self.weight_scale_inv, self.values).view(*x_MI.shape[:-1], -1)
+        return fp8_product(rows, self.weight, self.weight_scale_inv, self.reading()).view(*x_MI.shape[:-1], -1)
 
     def reading(self):
-        """The faster reading, unless there is a NaN among the codes."""
-        return fp8_values if fp8_has_nan(self.weight) else fp8_finite_values
+        """The faster of `values`, unless there is a NaN among the codes; they are looked at once."""
+        self.values = self.values or (fp8_values if fp8_has_nan(self.weight) else fp8_finite_values)
+        return self.values
+
+    def has_no_nan(self) -> bool:
+        """Whether every code is a number."""
+        return self.reading() is fp8_finite_values
 
 
 class INT4Linear(nn.Module):

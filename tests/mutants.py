@@ -289,7 +289,7 @@ MUTANTS = (
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "value_OI[whole * BLOCK :].mul_(scale_BI[whole])", "value_OI[whole * BLOCK :].mul_(scale_BI[max(whole - 1, 0)])",
+        "fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])\n    return", "fp8_scaled(values(code_OI[rows]), scale_BI[(rows.stop - 1) * len(scale_BI) // len(code_OI) :])\n    return",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
@@ -315,7 +315,7 @@ MUTANTS = (
     ),
     Mutant(
         "few rows: every block of rows scaled as the first", "quantization.py",
-        "panel_products(x_BMI[rows.start // BLOCK :], values(code_OI[rows]))", "panel_products(x_BMI, values(code_OI[rows]))",
+        "[x_BMI[rows.start // BLOCK] @ values", "[x_BMI[0] @ values",
         "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
     ),
     Mutant(

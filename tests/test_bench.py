@@ -42,14 +42,15 @@ def test_shares_are_of_the_ceilings_of_the_run(monkeypatch, directory, capsys):
     run = {"ram": 2_000_000_000, "load": 1.0, "first": 2.0, "prefill": 100.0, "prefill_disk_rate": 0.5e9, "decode": 4.0, "hits": 0.25, "disk_per_token": 0.2, "wait": 0.1,
            "compute": 0.15, "active_bytes": 2.5e9, "peak": 1000.0}  # fmt: skip
     monkeypatch.setattr(bench, "run_child", lambda *_: dict(run))
-    rates = iter([{"ram": 10e9, "disk": 2e9}, {"ram": 20e9, "disk": 1e9}])
+    rates = iter([{"ram": 10e9, "disk": 2e9}, {"ram": 20e9, "disk": 1e9}, {"ram": 5e9, "disk": 1e9}])
     monkeypatch.setattr(bench, "measured_ceilings", lambda *_: next(rates))
     assert main(["bench", str(directory), "--ram", "2GB", "--rounds", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["ceilings"] == {"ram": 20e9, "disk": 2e9}, "the best of the rounds"
+    assert found["ceilings"] == {"ram": [5e9, 10e9, 20e9], "disk": [1e9, 1e9, 2e9]}
     [row] = found["runs"]
-    assert (row["ram_share"], row["disk_share"], row["prefill_disk_share"]) == (pytest.approx(0.5), pytest.approx(0.4), pytest.approx(0.25))
-    assert "2 GB" in bench.table(found) and "40%" in bench.table(found)
+    assert row["disk_share_range"] == pytest.approx([0.4, 0.8]), "each run beside the better of the ceilings before and after it"
+    assert (row["ram_share"], row["disk_share"], row["prefill_disk_share"]) == (pytest.approx(0.5), pytest.approx(0.6), pytest.approx(0.375))
+    assert "2 GB" in bench.table(found) and "60%" in bench.table(found) and "disk 1.0 to 2.0 GB/s" in bench.table(found)
 
 
 def test_a_child_that_fails_is_quoted(tmp_path):

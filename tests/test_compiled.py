@@ -8,7 +8,7 @@ from torch import nn
 import k2
 from k2 import products
 from k2.checkpoint import Checkpoint, save
-from k2.compiled import Compiled, Compiler, fp8_row_expert, fp8_row_product, row_expert, row_product, with_compiled_products
+from k2.compiled import Compiled, Compiler, fp8_row, fp8_row_expert, fp8_widened, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
 from k2.offload import store_of, weight_bytes
 from k2.quantization import FP8CodesLinear, fp8_quantize
@@ -27,6 +27,7 @@ def test_the_written_out_products_are_the_modules(dtype, limit):
 def uncompiled(monkeypatch):
     """The written out functions as they stand: what the compiler does to them is the slow test's business."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(products, "has_tiles", lambda: False)
 
 
 def test_a_single_row_meets_the_function_and_more_rows_the_module():
@@ -58,6 +59,9 @@ def test_every_expert_and_every_linear_but_kv_b_is_taken_and_quantised_ones_are_
 def test_matrices_that_a_single_row_meets_in_torch_mv_are_left_to_it(uncompiled, monkeypatch):
     expert, linear = Expert(40, 24).to(torch.bfloat16), nn.Linear(40, 24, bias=False).to(torch.bfloat16)
     assert isinstance(Compiler().form_of(expert), Compiled) and isinstance(Compiler().form_of(linear), Compiled)
+    monkeypatch.setattr(products, "has_tiles", lambda: True)
+    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear, "tiles: at every size"
+    monkeypatch.setattr(products, "has_tiles", lambda: False)
     monkeypatch.setattr(products, "LARGE", 24 * 40)
     assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear
     wide = nn.Linear(40, 24, bias=False)
@@ -69,15 +73,41 @@ def fp8_linear(rows: int, columns: int, seed: int) -> FP8CodesLinear:
     return FP8CodesLinear(*fp8_quantize(numbers(rows, columns, seed=seed)))
 
 
+def test_every_code_but_the_two_nans_is_widened_exactly():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    right = codes.float()
+    found = fp8_widened(codes) * 2.0**8
+    assert int(right.isnan().sum()) == 2 and found.dtype == torch.float32
+    assert torch.equal(found[~right.isnan()], right[~right.isnan()])
+
+
 @pytest.mark.parametrize("rows", [128, 256, 200])
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_written_out_fp8_products_are_the_modules(rows, dtype, limit):
-    linear, x = fp8_linear(rows, 384, 1), numbers(1, 384, dtype=dtype)
-    assert_close(fp8_row_product(x, linear.weight, linear.weight_scale_inv), linear(x), limit, "product")
+def test_the_written_out_fp8_products_are_the_modules(rows):
+    linear, x = fp8_linear(rows, 384, 1), numbers(1, 384, dtype=torch.float32)
+    assert_close(fp8_row(x[0], linear.weight, linear.weight_scale_inv), linear(x)[0], 1e-5, "product")
     expert = Expert(384, 128)
     expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 384, 2), fp8_linear(128, 384, 3), fp8_linear(384, 128, 4)
     parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    assert_close(fp8_row_expert(x, *(p.weight for p in parts), *(p.weight_scale_inv for p in parts)), expert(x), limit, "expert")
+    assert_close(fp8_row_expert(x[0], *(p.weight for p in parts), *(p.weight_scale_inv for p in parts)), expert(x)[0], 1e-5, "expert")
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_codes_take_a_row_of_any_shape_and_dtype(uncompiled, dtype, limit):
+    linear = fp8_linear(256, 384, 1)
+    module = Compiler().form_of(linear)
+    for shape in ((384,), (1, 384), (1, 1, 384), (3, 384)):
+        x = numbers(*shape, dtype=dtype)
+        found = module(x)
+        assert found.dtype == dtype and found.shape == (*shape[:-1], 256)
+        assert_close(found, linear(x), limit, f"{shape}")
+
+
+def test_a_nan_among_the_codes_is_kept_by_the_plain_way(uncompiled):
+    expert = Expert(256, 128)
+    expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 256, 2), fp8_linear(128, 256, 3), fp8_linear(256, 128, 4)
+    expert.down_proj.weight.data.view(torch.uint8)[5, 7] = 0xFF
+    found = Compiler().form_of(expert)(numbers(1, 256, dtype=torch.float32))
+    assert found[0, 5].isnan() and int(found.isnan().sum()) == 1
 
 
 def test_fp8_whose_columns_are_no_whole_blocks_goes_the_plain_way(uncompiled):

@@ -546,7 +546,10 @@ def test_the_routers_before_attention_are_what_guesses(fp8):
     model(torch.arange(6))
     model(torch.arange(1))
     A, S = offload.AHEAD, offload.SOON
-    assert [(layer, most) for layer, _, most in asked] == [(1, 6 * A), (2, 6 * S), (2, 6 * A), (1, A), (2, S), (2, A)]
+    assert [(layer, most) for layer, _, most in asked] == [(1, 6 * S), (1, 6 * A), (2, 6 * S), (2, 6 * A), (1, S), (1, A), (2, S), (2, A)]
+    first = model.model.layers[1]
+    before = first.mlp.gate(first.post_attention_layernorm(model.model.embed_tokens(torch.arange(1))))[0]
+    assert asked[4][1] == before[0].tolist() != asked[5][1], "before the dense layer, and after it"
     assert all(len(set(ids)) == len(ids) for _, ids, _ in asked) and len(asked[-1][1]) == 4
     assert [told[0] if told else None for told in soon] == [2, None, 2, None]
 

@@ -3,7 +3,7 @@
     config      what the model is, and the axis legend
     reference   the whole model in numpy: the specification
     norm, rope, embedding, kv_cache, attention, router, expert, moe, decoder, model    the layers
-    quantization, ceilings, checkpoint, offload                                        the weights
+    quantization, ceilings, checkpoint, slots, offload                                 the weights
     tokenizer, sampling, generation                                                    text in, text out
     chat, reply, grammar, constraint                                                   dialogs, tool calls, JSON
     part, inspection, needs, machine, plan, published                                  what a checkpoint holds, and what it takes

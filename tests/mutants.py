@@ -299,14 +299,14 @@ MUTANTS = (
     ),
     # ---- the expert store ----
     Mutant(
-        "a stale expert slot: the last tenant's module serves the next", "offload.py",
+        "a stale expert slot: the last tenant's module serves the next", "slots.py",
         "        self.experts.pop(slot, None)\n", "",
         "tests/test_offload.py::test_a_slots_next_tenant_is_never_taken_for_its_last",
     ),
     Mutant(
-        "a slot given away while its expert is in use", "offload.py",
+        "a slot given away while its expert is in use", "slots.py",
         "oldest = next((k for k in self.slot_of if k not in self.held), None)", "oldest = next(iter(self.slot_of), None)",
-        "tests/test_offload.py::test_a_slot_in_use_is_never_given_away",
+        "tests/test_slots.py::test_a_slot_in_use_is_never_given_away",
     ),
     Mutant(
         "a slot whose read was never begun counts as filled", "offload.py",

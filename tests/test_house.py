@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from files above it. The two faces, __init__ and __main__, stand apart.
 ORDER = """config reference products quantization norm rope embedding kv_cache attention router expert moe decoder model ceilings checkpoint synthetic interrupts
-    reading compiled offload tokenizer sampling generation chat reply grammar constraint tools terminal part inspection needs machine plan
+    reading compiled slots offload tokenizer sampling generation chat reply grammar constraint tools terminal part inspection needs machine plan
     published hub download layer_check recording compare trace trace_page routes bench beside training/muonclip training/corpus training/evaluation training/curves
     training/fused training/pretraining training/recipe training/facts training/experiments training/speed mask_bench product_bench""".split()
 FACES = ("__init__", "__main__", "training/__init__")

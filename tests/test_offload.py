@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,12 @@ from small import assert_same, random_ids, random_model, small_config
 from torch import nn
 
 import k2
-from k2 import K2Error, checkpoint, offload, reading
+from k2 import K2Error, checkpoint, offload, reading, slots
 from k2.__main__ import main
 from k2.checkpoint import Checkpoint, save
 from k2.expert import Expert
-from k2.offload import ExpertStore, Slots, parse_size, store_of, weight_bytes
+from k2.offload import ExpertStore, parse_size, store_of, weight_bytes
+from k2.slots import kernel_bytes, room_size
 
 FORMATS = ("fp32", "bf16", "fp8", "int4")
 
@@ -48,7 +49,7 @@ def fp8(tmp_path_factory):
 def with_slots(directory, count: int, dtype=None, readers: int = 2, upper: int | None = None):
     """(the model with `count` slots for its experts, its store); `upper` slots of a second pool stand in for a GPU's."""
     opened = Checkpoint(directory)
-    size = offload.room_size(opened) + offload.kernel_bytes(opened, dtype, torch.device("cpu"))
+    size = room_size(opened) + kernel_bytes(opened, dtype, torch.device("cpu"))
     store = ExpertStore(opened, count * size, device_memory=upper and upper * size, readers=readers, dtype=dtype)
     return checkpoint.filled_model(opened, torch.device("cpu"), dtype, store.layer), store
 
@@ -289,21 +290,6 @@ def test_a_device_that_has_no_memory_at_all_is_a_clear_end(fp8, monkeypatch):
     assert len(store.upper.free) + len(store.upper.slot_of) >= 1
 
 
-def test_an_arena_on_a_device_is_as_large_as_the_device_allows(monkeypatch):
-    plain, made = torch.empty, []
-
-    def limited(size, dtype, device):
-        made.append(size)
-        if len(made) > 3:
-            raise torch.OutOfMemoryError("no room")
-        return plain(size, dtype=dtype)
-
-    monkeypatch.setattr(torch, "empty", limited)
-    assert len(offload.arena(9, 4096, torch.device("cuda"))) == 3
-    with pytest.raises(K2Error, match="no room on cuda for one expert"):
-        offload.arena(9, 4096, torch.device("cuda"))
-
-
 def bytes_of(store, request) -> dict:
     """What a request's experts hold."""
     return {e: expert_bits(expert) for e, expert in store.fetch(*request)}
@@ -320,7 +306,7 @@ def pressed_at(line: int):
         return local
 
     def trace(frame, event, argument):
-        return local if frame.f_code.co_filename in (offload.__file__, reading.__file__) else None
+        return local if frame.f_code.co_filename in (offload.__file__, slots.__file__, reading.__file__) else None
 
     usual, before = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
     sys.settrace(trace)
@@ -554,15 +540,7 @@ def test_the_routers_before_attention_are_what_guesses(fp8):
     assert [told[0] if told else None for told in soon] == [2, None, 2, None]
 
 
-# ---- a device's bus, and experts that stay below ----
-
-
-def test_the_bus_carries_every_load_through_its_rooms_in_turn():
-    bus = offload.Bus(16, torch.device("cpu"), rooms=2)
-    loads, targets = [torch.full((16,), i, dtype=torch.uint8) for i in range(5)], [torch.zeros(16, dtype=torch.uint8) for _ in range(5)]
-    for load, target in zip(loads, targets):
-        bus.arrived(bus.carry(load, target))
-    assert all(torch.equal(load, target) for load, target in zip(loads, targets)) and bus.turn == 1
+# ---- experts that stay below ----
 
 
 def test_experts_that_compute_where_they_lie_give_the_same_bits_on_a_cpu(fp8):
@@ -611,19 +589,6 @@ def test_sizes_are_read(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(K2Error, match="3GB"):
         parse_size(text)
-
-
-def test_a_slot_in_use_is_never_given_away():
-    slots = Slots(4096, 2 * 4096, 9, torch.device("cpu"))
-    assert slots.reserve((1, 0)) and slots.reserve((1, 1)) and not slots.reserve((1, 2))
-    slots.held.discard((1, 1))
-    assert slots.reserve((1, 2)) and list(slots.slot_of) == [(1, 0), (1, 2)]
-
-
-def test_slots_never_share_bytes_and_start_at_pages():
-    slots = Slots(4096, 5 * 4096 + 17, 9, torch.device("cpu"))
-    starts = [room.data_ptr() for room in slots.rooms]
-    assert all(start % 4096 == 0 for start in starts) and len(set(starts)) == 5
 
 
 def test_the_command_line_gives_the_same_text_and_says_what_moved(capfd):

@@ -5,8 +5,9 @@ import torch
 from small import random_ids, random_model, recorded_choices, small_config
 
 from k2.checkpoint import Checkpoint, filled_model, save
-from k2.offload import ExpertStore, kernel_bytes, room_size
+from k2.offload import ExpertStore
 from k2.routes import Routes, precision, record, replay, table
+from k2.slots import kernel_bytes, room_size
 
 MODEL = random_model(small_config())
 IDS = random_ids(MODEL.config, 40, seed=2)

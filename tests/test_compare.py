@@ -69,7 +69,7 @@ FIRST = {
     "ragged last block misread: columns shared out evenly": ("model.layers.0.self_attn.q_a_proj", "fp8"),
     "ragged last block misread: rows shared out evenly": ("model.layers.0.self_attn.o_proj", "fp8"),
     # Panels of two million weights: a second one there is in a very wide layer only.
-    "few rows: every block of rows scaled as the first": (DENSE, "wide at rest"),
+    "few rows: every block of rows scaled as the first": ("model.layers.0.self_attn.o_proj", "wide at rest"),
     "INT4 nibbles read as two's complement": (f"{MIXTURE}.experts.0", "int4"),
     "INT4: the kernel given the words as they are stored": (f"{MIXTURE}.experts.0", "int4 at rest"),
 }  # fmt: skip

@@ -319,6 +319,16 @@ MUTANTS = (
         "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
     ),
     Mutant(
+        "compiled FP8: a 1 in front of the smallest codes' fractions", "compiled.py",
+        "torch.where(code_OI & 0x78 == 0, 2 * value_OI - one_OI, value_OI)", "value_OI",
+        "tests/test_compiled.py::test_every_code_but_the_two_nans_is_widened_exactly",
+    ),
+    Mutant(
+        "compiled FP8: codes that are NaN read as numbers", "compiled.py",
+        "if not all(part.has_no_nan() for part in self.parts):", "if not self.parts:",
+        "tests/test_compiled.py::test_a_nan_among_the_codes_is_kept_by_the_plain_way",
+    ),
+    Mutant(
         "INT4: the kernel given the words as they are stored", "quantization.py",
         "weight_OL = int4_kernel_order(self.weight_packed)", "weight_OL = self.weight_packed.data.view(torch.uint8).clone()",
         "tests/test_quantization.py::test_torchs_int4_kernel_gives_the_dequantised_product",

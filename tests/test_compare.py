@@ -19,7 +19,7 @@ from k2.recording import Recording, Rows, call_names, place
 TOKENS = 24
 NO_FORWARD = {  # what no forward pass of a loaded model shows, by file
     "training/muonclip.py": "changes weights in training",
-    "training/fused.py": "trains",
+    "training/fused.py": "trains", "compiled.py": "runs where it is asked for",
     "chat.py": "writes prompts", "reply.py": "reads text", "grammar.py": "reads text", "constraint.py": "masks logits", "sampling.py": "reads logits",
 }  # fmt: skip
 
@@ -68,7 +68,6 @@ FIRST = {
     "FP8 scales transposed": (DENSE, "fp8"),
     "ragged last block misread: columns shared out evenly": ("model.layers.0.self_attn.q_a_proj", "fp8"),
     "ragged last block misread: rows shared out evenly": ("model.layers.0.self_attn.o_proj", "fp8"),
-    # Panels of two million weights: a second one there is in a very wide layer only.
     "few rows: every block of rows scaled as the first": ("model.layers.0.self_attn.o_proj", "wide at rest"),
     "INT4 nibbles read as two's complement": (f"{MIXTURE}.experts.0", "int4"),
     "INT4: the kernel given the words as they are stored": (f"{MIXTURE}.experts.0", "int4 at rest"),

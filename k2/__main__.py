@@ -119,7 +119,7 @@ def add_model_flags(sub, max_new_tokens: int, temperature: float):
     sub.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="stored: keep the checkpoint's format at rest")
     sub.add_argument("--ram", metavar="SIZE", help="memory for the weights, such as 3GB; the rest is read from disk when it is asked for (default: what is free)")
     sub.add_argument("--gpu-memory", metavar="SIZE", help="the same on the GPU; experts beyond it wait in RAM, and beyond that on disk")
-    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU, after some seconds of compiling: FP8 gains, large matrices of bfloat16 are left as they are, small ones gain on some processors")
+    sub.add_argument("--compile", action="store_true", help="torch.compile for decode on the CPU, after some seconds of compiling: FP8 gains, large matrices of bfloat16, with AMX nearly all, are left as they are, small ones gain on some processors")
     sub.add_argument("--experts-on", default="device", choices=("device", "cpu"), help="cpu: with a GPU, experts stay in RAM and compute there; rounds differently, and pays where RAM is faster than the bus")
     sub.add_argument("--layers", metavar="0-N", help="only the first layers of the model, the ones that were fetched; its text then means nothing")
     sub.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy; K2's own setting is 0.6 (default: {temperature:g})")

@@ -2,8 +2,9 @@
 
 A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
 fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
-within that pass and never written out; small matrices of bfloat16 gain on some processors, as there are fewer calls. Large
-ones are left to torch.mv, which was faster where both were measured (two Intel servers), and INT4 to torch's own kernel;
+within that pass and never written out; small matrices of bfloat16 gain on some processors, as there are fewer calls. What
+products.py gives to torch.mv, with AMX nearly all of them, is left to it: it was faster where both were measured (two Intel
+servers). INT4 is left to torch's own kernel;
 prompts go the plain way. The first tokens pay for compiling, some ten to thirty seconds.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
@@ -43,7 +44,8 @@ def row_expert(x_MD, gate_FD, up_FD, down_DF):
 
 
 def fp8_widened(code_OI):
-    """float8_e4m3fn codes as float32, exactly, 2^8 times too small as in quantization.fp8_halves. No code may be NaN.
+    """float8_e4m3fn codes as float32, exactly but for the sign of zero, 2^8 times too small as in quantization.fp8_halves.
+    No code may be NaN.
 
     Sign, exponent and fraction are moved to where float32 has them, with 112 added to the exponent: twice as fast as the
     compiler's own way. Where a code's exponent is 0 its fraction has no 1 in front, as float32's now has: f, which stands

@@ -1,8 +1,8 @@
 """The product of a matrix with some rows, x W^T: what a CPU does differently from F.linear, and when.
 
     one row      a token that is decoded. It is bound by reading the matrix once, F.linear is made for more, and torch.mv
-                 reads large ones of bfloat16 faster (`python -m k2 bench --products` shows both). compiled.py puts a
-                 compiled function in the same place.
+                 reads large ones of bfloat16 faster (`python -m k2 bench --products` shows both); on a processor with
+                 tiles that is nearly all of them. compiled.py puts a compiled function in the same place.
     many rows    a prompt. It is bound by arithmetic, and most processors outside servers have none for bfloat16: F.linear
                  then converts as it goes, and takes longer than converting a panel of the matrix to float32 and multiplying
                  there (`bench --products --rows 64`). That is no less exact: sums are float32 either way, and rounded once.
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
-LARGE = 2**21  # weights from which torch.mv is worth a call that costs more, on a processor without tiles
+LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
+LARGE_BESIDE_TILES = 2**17  # the same on a processor with tiles
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
 STEP = 16  # rows of x that a float32 kernel takes at once, where they are the second factor
 MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
@@ -39,7 +40,7 @@ def wants_mv(dtype, device) -> bool:
 
 def takes_mv(weight_OI) -> bool:
     """Whether a single row meets this matrix in torch.mv."""
-    return wants_mv(weight_OI.dtype, weight_OI.device) and (weight_OI.numel() >= LARGE or has_tiles())
+    return wants_mv(weight_OI.dtype, weight_OI.device) and weight_OI.numel() >= (LARGE_BESIDE_TILES if has_tiles() else LARGE)
 
 
 def wants_float32(x_MI) -> bool:

@@ -24,7 +24,7 @@ GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 FEW = 16  # rows of x from which widening the weights is worth its time
-PIECE = 2**18  # weights that are widened at a time on a CPU: 1 MiB of float32, which the cache of a core holds
+PIECE = 2**18  # weights at most that are widened at a time on a CPU: 1 MiB of float32, which the cache of a core holds
 
 
 def fp8_halves(code_OI, room=None):
@@ -65,17 +65,14 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
     """
     weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
     scale_BI = by_column(scale_BG * 2.0**8, code_OI.shape[1])
-    for rows in pieces(code_OI):
+    for rows in pieces(code_OI) if code_OI.device.type == "cpu" else panels(*code_OI.shape, BLOCK):
         weight_OI[rows] = fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])
     return weight_OI
 
 
 def pieces(code_OI) -> list[slice]:
-    """The rows that are widened at a time. On a CPU they are so few that all that is made of them stays in a core's cache,
-    and lie in one block; elsewhere they are whole blocks."""
+    """The rows that a CPU widens at a time: of one block, and so few that all that is made of them stays in a core's cache."""
     O, I = code_OI.shape
-    if code_OI.device.type != "cpu":
-        return panels(O, I, BLOCK)
     step = max(1, PIECE // I)
     return [slice(begin, min(begin + step, block + BLOCK, O)) for block in range(0, O, BLOCK) for begin in range(block, min(block + BLOCK, O), step)]
 
@@ -111,7 +108,7 @@ def fp8_row_product(x_I, code_OI, scale_BG):
     piece is widened into the same place."""
     (O, I), some = code_OI.shape, pieces(code_OI)
     x_BI = x_I.float() * by_column(scale_BG * 2.0**8, I)
-    halves, wide, y_O = torch.empty(some[0].stop, I, dtype=torch.int16), torch.empty(some[0].stop, I), torch.empty(O)
+    halves, wide, y_O = (code_OI.new_empty(shape, dtype=dtype) for shape, dtype in (((some[0].stop, I), torch.int16), ((some[0].stop, I), torch.float32), ((O,), torch.float32)))
     for rows in some:
         value_PI = wide[: rows.stop - rows.start].copy_(fp8_halves(code_OI[rows], halves))
         torch.mv(value_PI, x_BI[rows.start // BLOCK], out=y_O[rows])
@@ -188,7 +185,7 @@ class FP8CodesLinear(OneRow, FP8Linear):
 
     def one_row(self, x_MI):
         """W x, (..., I) -> (..., O)."""
-        if x_MI.dtype == torch.float64 or x_MI.requires_grad or not self.has_no_nan():
+        if x_MI.dtype == torch.float64 or x_MI.requires_grad or self.weight_scale_inv.requires_grad or not self.has_no_nan():
             return self.few_rows(x_MI)
         return fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv).view(*x_MI.shape[:-1], -1)
 

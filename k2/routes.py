@@ -49,7 +49,7 @@ def record(model: K2, ids: list[int], window: int = 512) -> Routes:
         said.setdefault(("chosen", index), []).extend(result[0].tolist())
 
     hooks = [layer.register_forward_pre_hook(guess) for layer in layers] + [layer.mlp.gate.register_forward_hook(choose) for layer in layers]
-    hooks += [layer.register_forward_pre_hook(lambda _, arguments: ask("first", layers[0], arguments)) for layer in dense[-1:]]
+    hooks += [layer.register_forward_pre_hook(lambda _, arguments: ask("first", layers[0], arguments)) for layer in dense[-1:] if layers]
     for begin in range(0, len(ids), window):
         model(torch.tensor(ids[begin : begin + window]), positions=slice(-1, None))
     for hook in hooks:
@@ -94,5 +94,6 @@ def table(texts: dict[str, Routes], shares=(0.125, 0.25, 0.5, 0.75)) -> str:
             lines.append(f"{name + ', ' + policy:34}" + "".join(f"{rate:>8.1%}" for rate in rates))
     for name, routes in texts.items():
         for when, kind in (("before attention", "guessed"), ("a layer earlier", "earlier"), ("before the dense layer", "first")):
-            lines.append(f"{name}: guessed {when} and then chosen, by rank: " + ", ".join(f"{rate:.0%}" for rate in precision(routes, kind)))
+            rates = ", ".join(f"{rate:.0%}" for rate in precision(routes, kind))
+            lines += [f"{name}: guessed {when} and then chosen, by rank: {rates}"] if rates else []
     return "\n".join(lines)

@@ -60,7 +60,8 @@ def test_matrices_that_a_single_row_meets_in_torch_mv_are_left_to_it(uncompiled,
     expert, linear = Expert(40, 24).to(torch.bfloat16), nn.Linear(40, 24, bias=False).to(torch.bfloat16)
     assert isinstance(Compiler().form_of(expert), Compiled) and isinstance(Compiler().form_of(linear), Compiled)
     monkeypatch.setattr(products, "has_tiles", lambda: True)
-    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear, "tiles: at every size"
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 24 * 40)
+    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear, "with tiles smaller ones too"
     monkeypatch.setattr(products, "has_tiles", lambda: False)
     monkeypatch.setattr(products, "LARGE", 24 * 40)
     assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear
@@ -95,11 +96,14 @@ def test_the_written_out_fp8_products_are_the_modules(rows):
 def test_codes_take_a_row_of_any_shape_and_dtype(uncompiled, dtype, limit):
     linear = fp8_linear(256, 384, 1)
     module = Compiler().form_of(linear)
+    given, function = [], module.function
+    module.function = lambda x, *weights: given.append(x.dtype) or function(x, *weights)
     for shape in ((384,), (1, 384), (1, 1, 384), (3, 384)):
         x = numbers(*shape, dtype=dtype)
         found = module(x)
         assert found.dtype == dtype and found.shape == (*shape[:-1], 256)
         assert_close(found, linear(x), limit, f"{shape}")
+    assert given == [torch.float32] * 3, "compiled for bfloat16 it is ten times slower"
 
 
 def test_a_nan_among_the_codes_is_kept_by_the_plain_way():

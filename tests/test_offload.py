@@ -540,6 +540,17 @@ def test_the_routers_before_attention_are_what_guesses(fp8):
     assert [told[0] if told else None for told in soon] == [2, None, 2, None]
 
 
+def test_of_several_dense_layers_the_last_one_guesses(tmp_path):
+    save(random_model(small_config(hidden_size=64, moe_intermediate_size=32, first_k_dense_replace=2, num_hidden_layers=3)), tmp_path / "model", format="fp8", shards=2)
+    model, store = guessing(tmp_path / "model", 100)
+    asked, entered = [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: entered.append(len(asked)))
+    store.ahead = lambda layer, ids, most: asked.append((layer, most))
+    model(torch.arange(1))
+    assert asked == [(2, offload.SOON), (2, offload.AHEAD)] and entered == [0, 1, 2], "behind the first dense layer nothing was asked yet"
+
+
 # ---- experts that stay below ----
 
 

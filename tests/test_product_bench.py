@@ -50,6 +50,7 @@ def test_each_form_takes_its_own_kernel(monkeypatch):
     found, taken, real = product_bench.forms(CONFIG, compiled=False), [], torch.mv
     monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(1) or real(weight, x))
     monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 1)
     with torch.inference_mode():
         for name, calls in (("bf16, F.linear", 0), ("bf16", 3)):
             taken.clear()

@@ -16,6 +16,7 @@ from k2.products import RowLinear, has_bfloat16, many_rows_product, wants_mv
 @pytest.mark.parametrize("large", [1, products.LARGE])
 def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype, large, monkeypatch):
     monkeypatch.setattr(products, "LARGE", large)
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", large)
     linear = plain_linear(numbers(24, 40, dtype=dtype), torch.device("cpu"))
     assert isinstance(linear, RowLinear) == (dtype == torch.bfloat16)
     x, right = numbers(*shape, seed=1, dtype=dtype), numbers(24, 40, dtype=dtype).double()
@@ -30,6 +31,7 @@ def test_a_loaded_models_matrices_and_head_take_the_cpus_kernel(tmp_path, monkey
     assert isinstance(loaded.lm_head, RowHead) and isinstance(loaded.model.layers[1].self_attn.o_proj, RowLinear)
     taken, real = [], torch.mv
     monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 1)
     monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(weight.shape) or real(weight, x))
     logits = loaded(torch.tensor([3]))
     assert tuple(loaded.lm_head.weight.shape) in map(tuple, taken) and logits.dtype == torch.float32 and len(taken) > 10
@@ -49,6 +51,7 @@ def test_an_expert_from_a_disk_takes_the_kernels_of_a_resident_one(tmp_path, mon
         monkeypatch.setattr(module, "float32_product", lambda x_MI, *given: in_float32(1.5 * x_MI, *given))
     monkeypatch.setattr(products, "SOME", 2)
     monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 1)
     monkeypatch.setattr(quantization, "FEW", 2)
     monkeypatch.setattr(torch, "compile", lambda function: lambda *given: 0.75 * function(*given))
     config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
@@ -145,3 +148,18 @@ def test_a_batch_of_matrices_training_and_another_dtype_go_the_plain_way(monkeyp
 def test_a_processor_without_bfloat16_is_known_by_what_torch_says_of_it(monkeypatch, found, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert has_bfloat16.__wrapped__() == wanted
+
+
+@pytest.mark.parametrize(("found", "wanted"), [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)])
+def test_where_the_processor_has_tiles_a_row_meets_small_matrices_in_torch_mv_too(monkeypatch, found, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert products.has_tiles.__wrapped__() == wanted
+    monkeypatch.setattr(products, "has_tiles", lambda: wanted)
+    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 24 * 40)
+    linear, calls, real = RowLinear(40, 24, bias=False).to(torch.bfloat16), [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda *given: calls.append(1) or real(*given))
+    x = numbers(1, 40, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = linear(x)
+    assert len(calls) == wanted and found.shape == (1, 24)
+    assert_close(found, x.double() @ linear.weight.double().T, 1e-2, "product")

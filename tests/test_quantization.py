@@ -412,3 +412,30 @@ def test_products_with_quantised_weights_differ_from_the_originals_by_the_weight
     for linear, low, high in ((FP8Linear(*fp8_quantize(weight)), 0.02, 0.035), (INT4Linear(*int4_quantize(weight), torch.tensor([256, 256])), 0.07, 0.13)):
         error = relative_error(linear(x), expected)
         assert low < error < high, f"{type(linear).__name__}: relative error {error:.4f}"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_one_row_depends_on_no_default_dtype(default):
+    codes, scales = codes_and_scales(200, 130)
+    linear, x = FP8CodesLinear(codes, scales), normal(1, 130)
+    right = linear(x)
+    torch.set_default_dtype(default)
+    try:
+        assert_same(linear(x), right, str(default))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_panels_of_several_blocks_are_scaled_block_by_block_too():
+    """As on a GPU, where a matrix is widened in panels."""
+    codes, scales = codes_and_scales(300, 130)
+    scaled = quantization.fp8_scaled(quantization.fp8_values(codes), quantization.by_column(scales * 2.0**8, 130))
+    assert_same(scaled, fp8_dequantize(codes, scales), "one panel of three blocks")
+
+
+def test_scales_that_want_a_gradient_get_it_from_one_row():
+    codes, scales = codes_and_scales(200, 130)
+    linear = FP8CodesLinear(codes, scales)
+    linear.weight_scale_inv.requires_grad_(True)
+    linear(normal(1, 130)).sum().backward()
+    assert linear.weight_scale_inv.grad.isfinite().all()

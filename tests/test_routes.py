@@ -60,3 +60,10 @@ def test_precision_is_by_rank():
 def test_the_table_has_a_line_for_each_text_and_policy():
     text = table({"code": record(MODEL, IDS.tolist())})
     assert "code, lru" in text and "code, ageing" in text and "by rank" in text
+
+
+def test_a_model_without_a_dense_layer_or_without_experts_is_recorded_too():
+    bare = record(random_model(small_config(first_k_dense_replace=0, num_hidden_layers=1)), IDS.tolist())
+    assert len(bare.guessed) == 40 and not bare.first and not bare.earlier
+    assert "before attention" in table({"code": bare}) and "dense" not in table({"code": bare})
+    assert record(random_model(small_config(first_k_dense_replace=2, num_hidden_layers=2)), IDS.tolist()).chosen == []

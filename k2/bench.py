@@ -67,7 +67,7 @@ def run_child(directory, settings: dict) -> dict:
 def middle_of(found: list[dict]) -> dict:
     """The median of each figure, and the range of the speeds and shares."""
     middle = {key: median(run[key] for run in found) if isinstance(value, (int, float)) else value for key, value in found[0].items()}
-    return middle | {f"{key}_range": [min(run[key] for run in found), max(run[key] for run in found)] for key in RANGES if key in middle}
+    return middle | {f"{key}_range": [min(run[key] for run in found), max(run[key] for run in found)] for key in RANGES}
 
 
 def with_shares(run: dict, ceilings: dict[str, float]) -> dict:

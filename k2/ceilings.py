@@ -121,8 +121,8 @@ def finished(device: torch.device, result):
 
 def keep_freed_memory(large_too: bool = False):
     """Let glibc keep what is freed for the next allocation. By default it hands blocks of more than a few megabytes back
-    to the system, and each new tensor of that size then costs a page fault per 4 KiB: a tenth of a training step, and more
-    of a product whose FP8 weights are widened. Elsewhere nothing happens.
+    to the system, and each new tensor of that size then costs a page fault per 4 KiB: a tenth of a training step.
+    Elsewhere nothing happens.
 
     Blocks of more than LARGE bytes still come from the system and go back to it, in pages of 2 MiB (k2/__init__.py asks
     torch for them), so that they cost few faults: between the small things that live on, kept large blocks leave holes that the next ones do not fit into, and a

@@ -3,9 +3,9 @@
 A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
 fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
 within that pass and never written out; small matrices of bfloat16 gain on some processors, as there are fewer calls. What
-products.py gives to torch.mv, with AMX nearly all of them, is left to it: it was faster where both were measured (two Intel
-servers). INT4 is left to torch's own kernel;
-prompts go the plain way. The first tokens pay for compiling, some ten to thirty seconds.
+products.py gives to torch.mv, with AMX nearly all of them, is left to it, as it was faster where both were measured (two
+Intel servers), and INT4 to torch's own kernel; prompts go the plain way. The first tokens pay for compiling, some ten to
+thirty seconds.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
     B blocks of 128 rows · G blocks of 128 columns
@@ -47,8 +47,8 @@ def fp8_widened(code_OI):
     """float8_e4m3fn codes as float32, exactly but for the sign of zero, 2^8 times too small as in quantization.fp8_halves.
     No code may be NaN.
 
-    Sign, exponent and fraction are moved to where float32 has them, with 112 added to the exponent: twice as fast as the
-    compiler's own way. Where a code's exponent is 0 its fraction has no 1 in front, as float32's now has: f, which stands
+    Sign, exponent and fraction are moved to where float32 has them, with 112 added to the exponent, in fewer steps than the
+    compiler's own conversion takes. Where a code's exponent is 0 its fraction has no 1 in front, as float32's now has: f, which stands
     there as (1 + f) 2^-15, must become f 2^-14.
     """
     code_OI = code_OI.view(torch.int8).int()
@@ -94,8 +94,8 @@ class CompiledCodes(Compiled):
         self.parts = parts
 
     def one_row(self, x_MI):
-        """The function that stands in for the module; a NaN goes the plain way, which keeps it. x is widened here: with
-        bfloat16 in it the function is compiled to one that is ten times slower."""
+        """The function that stands in for the module; a NaN goes the plain way, which keeps it. x is widened here:
+        with bfloat16 in it the function is compiled to a much slower one."""
         if not all(part.has_no_nan() for part in self.parts):
             return self.plain(x_MI)
         return self.function(x_MI.flatten().float(), *self.weights).to(x_MI.dtype).view(*x_MI.shape[:-1], -1)

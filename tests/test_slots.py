@@ -16,16 +16,16 @@ CPU = torch.device("cpu")
 
 
 def test_a_slot_in_use_is_never_given_away():
-    slots = Slots(4096, 2 * 4096, 9, torch.device("cpu"))
+    slots = Slots(PAGE, 2 * PAGE, 9, CPU)
     assert slots.reserve((1, 0)) and slots.reserve((1, 1)) and not slots.reserve((1, 2))
     slots.held.discard((1, 1))
     assert slots.reserve((1, 2)) and list(slots.slot_of) == [(1, 0), (1, 2)]
 
 
 def test_slots_never_share_bytes_and_start_at_pages():
-    slots = Slots(4096, 5 * 4096 + 17, 9, torch.device("cpu"))
+    slots = Slots(PAGE, 5 * PAGE + 17, 9, CPU)
     starts = [room.data_ptr() for room in slots.rooms]
-    assert all(start % 4096 == 0 for start in starts) and len(set(starts)) == 5
+    assert all(start % PAGE == 0 for start in starts) and len(set(starts)) == 5
 
 
 def test_the_book_is_that_of_a_plain_list_that_is_kept_in_order_of_use():
@@ -76,7 +76,8 @@ def test_every_expert_of_a_checkpoint_fits_into_a_room(tmp_path, format):
     opened = Checkpoint(tmp_path / "model")
     starts = {file: data_start(opened.directory / file) for file in opened.headers}
     sizes = [expert_record(opened, starts, (layer, e)).size for layer in (1, 2) for e in range(11)]
-    assert max(sizes) <= room_size(opened) < max(sizes) + 12 * PAGE
+    # Each of at most six large tensors may begin and end within a page.
+    assert max(sizes) <= room_size(opened) < max(sizes) + 6 * 2 * PAGE
     assert (kernel_bytes(opened, None, CPU) > 0) == (format == "int4") and kernel_bytes(opened, torch.float32, CPU) == 0
 
 

@@ -28,7 +28,7 @@ from .config import FP8_CONFIG, INT4_CONFIG, K2Config, K2Error, read_json_object
 from .embedding import OutputHead
 from .model import K2
 from .moe import resident_experts
-from .products import RowLinear, many_rows_product, wants_mv
+from .products import RowLinear, many_rows_product, wants_row_kernel
 from .router import Router
 from .quantization import (
     BLOCK,
@@ -40,7 +40,6 @@ from .quantization import (
     INT4KernelLinear,
     INT4Linear,
     fp8_dequantize,
-    fp8_finite_values,
     fp8_has_nan,
     fp8_quantize,
     int4_dequantize,
@@ -501,7 +500,7 @@ def linear_at_rest(parts: dict, device, by_codes: bool, own: bool = False) -> nn
     parts = {kind: tensor.to(device) for kind, tensor in parts.items()}
     if "weight_scale_inv" in parts:
         code_OI, scale_BG = parts["weight"], parts["weight_scale_inv"]
-        return FP8CodesLinear(code_OI, scale_BG, fp8_finite_values if own else None) if by_codes else FP8Linear(code_OI, scale_BG)
+        return FP8CodesLinear(code_OI, scale_BG, own or None) if by_codes else FP8Linear(code_OI, scale_BG)
     packed_OU, scale_OG, shape_2 = (parts[kind] for kind in ("weight_packed", "weight_scale", "weight_shape"))
     if by_codes and len(packed_OU) % KERNEL_STEP == 0:
         return INT4KernelLinear(packed_OU, scale_OG, shape_2, in_place=own)
@@ -521,7 +520,7 @@ class RowHead(OutputHead, RowLinear):
 
 def head_for(checkpoint: Checkpoint, dtype, device) -> OutputHead:
     """The output head, on the meta device, in the form that computes fastest."""
-    rows = wants_mv(dtype or checkpoint.tensor("lm_head.weight").dtype, device)
+    rows = wants_row_kernel(dtype or checkpoint.tensor("lm_head.weight").dtype, device)
     with torch.device("meta"):
         return (RowHead if rows else OutputHead)(checkpoint.config)
 
@@ -529,7 +528,7 @@ def head_for(checkpoint: Checkpoint, dtype, device) -> OutputHead:
 def plain_linear(weight_OI, device) -> nn.Linear:
     """An nn.Linear around a given matrix, without making a random one first."""
     with torch.device("meta"):
-        linear = (RowLinear if wants_mv(weight_OI.dtype, device) else nn.Linear)(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        linear = (RowLinear if wants_row_kernel(weight_OI.dtype, device) else nn.Linear)(weight_OI.shape[1], weight_OI.shape[0], bias=False)
     linear.weight = nn.Parameter(weight_OI.to(device), requires_grad=False)
     return linear
 

@@ -2,10 +2,10 @@
 
 A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
 fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
-within that pass and never written out; small matrices of bfloat16 gain on some processors, as there are fewer calls. What
-products.py gives to torch.mv, with AMX nearly all of them, is left to it, as it was faster where both were measured (two
-Intel servers), and INT4 to torch's own kernel; prompts go the plain way. The first tokens pay for compiling, some ten to
-thirty seconds.
+within that pass and never written out; bfloat16 gains where products.py has no torch.mv for it, and what it has is left to it,
+as that was faster where both were measured (two Intel servers). INT4 is left to torch's own kernel. A prompt's products go
+the plain way, but for the experts' FP8 codes, which are widened in one pass instead of five. The first prompt and the first
+tokens pay for compiling, some ten to thirty seconds.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
     B blocks of 128 rows · G blocks of 128 columns
@@ -24,7 +24,7 @@ from .expert import Expert
 from .model import K2
 from .moe import Experts
 from .products import OneRow, takes_mv
-from .quantization import BLOCK, FP8CodesLinear
+from .quantization import BLOCK, FP8CodesLinear, fp8_dequantize
 
 
 def row_product(x_MI, weight_OI):
@@ -55,6 +55,12 @@ def fp8_widened(code_OI):
     bits_OI = code_OI << 20 & -0x7810_0000 | 112 << 23
     value_OI, one_OI = bits_OI.view(torch.float32), (bits_OI & -0x8000_0000 | 113 << 23).view(torch.float32)  # the latter +-2^-14
     return torch.where(code_OI & 0x78 == 0, 2 * value_OI - one_OI, value_OI)
+
+
+def fp8_weights(code_OI, scale_BG):
+    """fp8_dequantize to float32, for codes in whole blocks and none of them NaN, (O, I)."""
+    value_BLGL = fp8_widened(code_OI).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return (value_BLGL * (scale_BG * 2.0**8)[:, None, :, None]).flatten(2).flatten(0, 1)
 
 
 def fp8_row(x_I, code_OI, scale_BG):
@@ -113,6 +119,7 @@ class Compiler:
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
             torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row, fp8_row_expert)
         )
+        self.fp8_weights = torch.compile(fp8_weights, dynamic=False)  # one for each size of panels, of which an expert has two
 
     def form_of(self, module: nn.Module) -> nn.Module:
         """The module in its compiled form, or as it is where there is none: they sum in float32, so float64 has none."""
@@ -125,6 +132,8 @@ class Compiler:
                     return module
                 return Compiled(module, self.expert, [part.weight for part in parts])
             if all(in_whole_blocks(part) for part in parts):
+                for part in parts:
+                    part.dequantize = self.dequantize
                 return CompiledCodes(module, self.fp8_expert, parts)
         elif isinstance(module, nn.Linear):
             if takes_mv(module.weight):
@@ -133,6 +142,13 @@ class Compiler:
         elif in_whole_blocks(module):
             return CompiledCodes(module, self.fp8_product, [module])
         return module
+
+
+    def dequantize(self, code_OI, scale_BG, dtype, finite: bool):
+        """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers."""
+        if not finite or len(code_OI) % BLOCK:
+            return fp8_dequantize(code_OI, scale_BG, dtype, finite)
+        return self.fp8_weights(code_OI, scale_BG).to(dtype)
 
 
 def in_whole_blocks(module: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from .expert import Expert
 from .interrupts import whole
 from .model import K2
 from .products import OneRow, many_rows_product, single_row_product
-from .quantization import NIBBLES, fp8_dequantize, fp8_finite_values, fp8_has_nan, int4_dequantize
+from .quantization import NIBBLES, fp8_dequantize, fp8_has_nan, int4_dequantize
 from .reading import PARTS, READERS, Key, Record, Shards, data_start, expert_record, tensor_at
 from .slots import SMALL, Bus, Slots, kernel_bytes, room_size
 
@@ -375,7 +375,7 @@ class WideningLinear(OneRow, nn.Module):
     def widened(self, dtype):
         """The matrix, (O, I). What the store hands out has no NaN among its codes."""
         if "weight_scale_inv" in self.parts:
-            return fp8_dequantize(self.parts["weight"], self.parts["weight_scale_inv"], dtype, fp8_finite_values)
+            return fp8_dequantize(self.parts["weight"], self.parts["weight_scale_inv"], dtype, finite=True)
         if "weight_packed" in self.parts:
             return int4_dequantize(self.parts["weight_packed"], self.parts["weight_scale"], dtype)
         return self.parts["weight"].to(dtype)

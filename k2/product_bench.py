@@ -35,7 +35,7 @@ def forms(config: K2Config, compiled: bool) -> dict[str, nn.Module]:
     if compiled:
         compiler = Compiler()  # which leaves bfloat16 of this size to torch.mv: here is what it would be
         found["bf16, compiled"] = Compiled(made["bf16"], compiler.expert, [linear.weight for linear in made["bf16"].children()])
-        found["fp8, compiled"] = compiler.form_of(made["fp8"])
+        found["fp8, compiled"] = compiler.form_of(copy.deepcopy(made["fp8"]))
     return found
 
 

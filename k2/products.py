@@ -1,8 +1,10 @@
 """The product of a matrix with some rows, x W^T: what a CPU does differently from F.linear, and when.
 
-    one row      a token that is decoded. It is bound by reading the matrix once, F.linear is made for more, and torch.mv
-                 reads large ones of bfloat16 faster (`python -m k2 bench --products` shows both); on a processor with
-                 tiles that is nearly all of them. compiled.py puts a compiled function in the same place.
+    one row      a token that is decoded. It is bound by reading the matrix once, and F.linear is made for more. Which way
+                 reads bfloat16 fastest depends on what the processor has for it (`python -m k2 bench --products` shows
+                 F.linear beside our choice): without any arithmetic, torch.mv for large matrices; with tiles, torch.mv
+                 for nearly all; with products of pairs but no tiles, F.linear, and of two rows rather than one.
+                 compiled.py puts a compiled function in the same place.
     many rows    a prompt. It is bound by arithmetic, and most processors outside servers have none for bfloat16: F.linear
                  then converts as it goes, and takes longer than converting a panel of the matrix to float32 and multiplying
                  there (`bench --products --rows 64`). That is no less exact: sums are float32 either way, and rounded once.
@@ -11,18 +13,18 @@
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PANEL = 2**20  # weights that are widened at a time: 4 MiB of float32
-LARGE = 2**21  # weights from which torch.mv is worth a call that costs more
-LARGE_BESIDE_TILES = 2**17  # the same on a processor with tiles
+PANEL = 2**22  # bytes of a matrix that are widened at a time for many rows: 4 MiB, which a cache holds
+MV_FROM = {"tiles": 2**17, "pairs": math.inf, "none": 2**21, "unknown": 2**21}  # weights from which torch.mv is faster for one row
+TWICE_FROM = 2**20  # weights from which, with products of pairs, F.linear takes less time for two rows than for one
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
 STEP = 16  # rows of x that a float32 kernel takes at once, where they are the second factor
 MANY = 64  # rows of x from which a product in float32 is fastest as it is written, x W^T
-INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # F.linear multiplies bfloat16 by any of these without a detour
 
 
 class OneRow:
@@ -33,14 +35,19 @@ class OneRow:
         return self.one_row(x_MI) if x_MI.numel() == x_MI.shape[-1] else self.many_rows(x_MI)
 
 
-def wants_mv(dtype, device) -> bool:
-    """Whether a single row meets such matrices, if they are large, in torch.mv."""
+def wants_row_kernel(dtype, device) -> bool:
+    """Whether a single row meets such matrices, if they are large, in another way than F.linear's own."""
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def takes_mv(weight_OI) -> bool:
     """Whether a single row meets this matrix in torch.mv."""
-    return wants_mv(weight_OI.dtype, weight_OI.device) and weight_OI.numel() >= (LARGE_BESIDE_TILES if has_tiles() else LARGE)
+    return wants_row_kernel(weight_OI.dtype, weight_OI.device) and weight_OI.numel() >= MV_FROM[bfloat16_unit()]
+
+
+def takes_two_rows(weight_OI) -> bool:
+    """Whether a single row meets this matrix twice over, in F.linear."""
+    return wants_row_kernel(weight_OI.dtype, weight_OI.device) and bfloat16_unit() == "pairs" and weight_OI.numel() >= TWICE_FROM
 
 
 def wants_float32(x_MI) -> bool:
@@ -49,29 +56,35 @@ def wants_float32(x_MI) -> bool:
 
 
 @functools.cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX), which F.linear then fills for a single row too."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-@functools.cache
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16; one that is not x86, which torch does not say it of, is taken to."""
+def bfloat16_unit() -> str:
+    """What the processor multiplies bfloat16 with: "tiles" (AMX), "pairs" (AVX-512's sums of two products), "none", or
+    "unknown": it has something else, or is not x86, of which torch does not say it."""
     found = torch.cpu.get_capabilities()
-    return found.get("architecture") != "x86_64" or any(found.get(name) for name in INSTRUCTIONS)
+    if found.get("amx_bf16"):
+        return "tiles"
+    if found.get("avx512_bf16"):
+        return "pairs"
+    return "none" if found.get("architecture") == "x86_64" and not found.get("avx_ne_convert") else "unknown"
 
 
-def panels(rows: int, columns: int, unit: int = 1) -> list[slice]:
-    """A matrix's rows in pieces of whole units, each small enough to stay in a cache while it is widened."""
-    step = max(1, PANEL // (unit * columns)) * unit
+def has_bfloat16() -> bool:
+    """Whether F.linear multiplies bfloat16 without a detour. A processor of which nothing is known is taken to."""
+    return bfloat16_unit() != "none"
+
+
+def panels(rows: int, columns: int, unit: int = 1, dtype=torch.float32) -> list[slice]:
+    """A matrix's rows in pieces of whole units, each small enough, once widened to `dtype`, to stay in a cache."""
+    step = max(1, PANEL // (dtype.itemsize * unit * columns)) * unit
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 def single_row_product(x_MI, weight_OI):
     """W x, (..., I) -> (..., O), by the kernel that every such product of one row takes, wherever its matrix comes from."""
-    if not takes_mv(weight_OI):
-        return F.linear(x_MI, weight_OI)
-    return torch.mv(weight_OI, x_MI.flatten()).view(*x_MI.shape[:-1], -1)
+    if takes_mv(weight_OI):
+        return torch.mv(weight_OI, x_MI.flatten()).view(*x_MI.shape[:-1], -1)
+    if takes_two_rows(weight_OI):
+        return F.linear(x_MI.view(1, -1).expand(2, -1), weight_OI)[0].view(*x_MI.shape[:-1], -1)
+    return F.linear(x_MI, weight_OI)
 
 
 def many_rows_product(x_MI, weight_OI):
@@ -82,7 +95,7 @@ def many_rows_product(x_MI, weight_OI):
         return F.linear(x_MI, weight_OI)
     if weight_OI.stride(-1) != 1:
         return float32_sum(x_MI, weight_OI.mT)
-    return float32_product(x_MI, panels(*weight_OI.shape), lambda rows: weight_OI[rows].float())
+    return panel_product(x_MI, panels(*weight_OI.shape), lambda rows: weight_OI[rows].float())
 
 
 def float32_sum(x_MI, weight_IO):
@@ -94,13 +107,13 @@ def float32_sum(x_MI, weight_IO):
     return y_NO.to(x_MI.dtype).view(*x_MI.shape[:-1], -1)
 
 
-def float32_product(x_MI, pieces: list[slice], widened):
-    """x W^T in x's dtype, computed in float32, the matrix asked for a panel at a time: `widened(rows)`, float32."""
-    wide_NI, O = x_MI.flatten(0, -2).float(), pieces[-1].stop
+def panel_product(x_MI, pieces: list[slice], widened, dtype=torch.float32):
+    """x W^T in x's dtype, computed in `dtype`, the matrix asked for a panel at a time: `widened(rows)`, in that dtype."""
+    wide_NI, O = x_MI.flatten(0, -2).to(dtype), pieces[-1].stop
     N = len(wide_NI)
     y_NO = x_MI.new_empty(N, O)
-    # Fewer rows than MANY are the second factor, W x^T, and filled up to whole steps of the kernel: 59 take longer than 64.
-    few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if N < MANY else None
+    # Fewer rows than MANY are in float32 the second factor, W x^T, and filled up to whole steps of the kernel: 59 take longer than 64.
+    few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if N < MANY and dtype == torch.float32 else None
     for rows in pieces:
         y_NO[:, rows] = F.linear(wide_NI, widened(rows)) if few_LI is None else F.linear(widened(rows), few_LI)[:, :N].mT
     return y_NO.view(*x_MI.shape[:-1], O)

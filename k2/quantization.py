@@ -4,7 +4,7 @@
     INT4 (Thinking, K2.5)          weight_packed [O, U] int32, weight_scale [O, G] bfloat16, one per 32 inputs
 
     O, I a matrix's rows and columns · B blocks of 128 rows · G blocks of 128 columns, or groups of 32 · U words of 8
-    L place within a block or a group · P rows of a panel, some of a matrix's
+    L place within a block or a group · N blocks of a piece · M rows sent here · C the same, filled up to what is fast
 
 Despite its name weight_scale_inv is multiplied: weight = code x scale (DeepSeek-V3, README_WEIGHTS.md). Where a matrix
 does not divide by 128 its last blocks are smaller: kv_a_proj_with_mqa has 576 rows and 5 rows of scales.
@@ -17,110 +17,101 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .products import OneRow, float32_product, panels, wants_float32
+from .products import STEP, panel_product, panels, wants_float32
 
 BLOCK = 128
 GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 FEW = 16  # rows of x from which widening the weights is worth its time
-PIECE = 2**18  # weights at most that are widened at a time on a CPU: 1 MiB of float32, which the cache of a core holds
+PIECE = 2**19  # weights that a CPU widens at a time, at most: 1 MiB of float16
+LARGE_PIECE = 2**24  # the same for a GPU, which takes longer to be asked than to widen fewer
 
 
-def fp8_halves(code_OI, room=None):
-    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see fp8_dequantize. There must be no NaN among them.
-    `room` may be int16 memory for them, of as many rows at least.
+def fp8_halves(code_OI):
+    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see by_column. A NaN comes out as 480.
 
     On the CPU torch's own cast takes codes one by one, at half a gigabyte a second and less. Shifted by 7 bits an e4m3
     code is already a float16, sign and exponent and fraction in place, its smallest numbers too; only the exponent's
     bias differs, by 8.
     """
-    room = torch.empty_like(code_OI, dtype=torch.int16) if room is None else room[: len(code_OI)]
-    bits_OI = room.copy_(code_OI.view(torch.int8))
+    bits_OI = code_OI.view(torch.int8).to(torch.int16)
     bits_OI.mul_(2**7)  # the shift; torch multiplies faster than it shifts
     bits_OI.bitwise_and_(-0x4080)  # the sign, and the seven bits below the shifted copy of it
     return bits_OI.view(torch.float16)
 
 
-def fp8_finite_values(code_OI):
-    """The same as float32, to which a processor widens float16 by an instruction."""
-    return fp8_halves(code_OI).float()
-
-
-def fp8_values(code_OI):
-    """The same where a code may be NaN, and stays it."""
-    value_OI = fp8_finite_values(code_OI)
-    return value_OI.masked_fill_((code_OI.view(torch.int8) & 0x7F) == 0x7F, torch.nan) if fp8_has_nan(code_OI) else value_OI
+def fp8_is_nan(code_OI):
+    """Where the codes are one of e4m3's two NaNs, 0x7F and 0xFF."""
+    return (code_OI.view(torch.int8) & 0x7F) == 0x7F
 
 
 def fp8_has_nan(code_OI) -> bool:
-    """True if a code is one of e4m3's two NaNs, 0x7F and 0xFF."""
+    """True if there is one among them, found without a mask in memory."""
     return bool(code_OI.view(torch.int8).amax() == 0x7F or code_OI.view(torch.uint8).amax() == 0xFF)
 
 
-def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, values=fp8_values):
-    """code x the scale of its block, in float32, then rounded once to `dtype`; (O, I). Exact but for that rounding.
-
-    `values` may be fp8_finite_values where no code is NaN.
-    """
-    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
-    scale_BI = by_column(scale_BG * 2.0**8, code_OI.shape[1])
-    for rows in pieces(code_OI) if code_OI.device.type == "cpu" else panels(*code_OI.shape, BLOCK):
-        weight_OI[rows] = fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])
-    return weight_OI
-
-
-def pieces(code_OI) -> list[slice]:
-    """The rows that a CPU widens at a time: of one block, and so few that all that is made of them stays in a core's cache."""
-    O, I = code_OI.shape
-    step = max(1, PIECE // I)
-    return [slice(begin, min(begin + step, block + BLOCK, O)) for block in range(0, O, BLOCK) for begin in range(block, min(block + BLOCK, O), step)]
+def pieces(rows: int, columns: int, most: int) -> list[slice]:
+    """The rows to widen at a time, `most` weights at most: as many whole blocks as that takes, or equal parts of one."""
+    if blocks := most // (BLOCK * columns):
+        whole = rows // BLOCK * BLOCK
+        starts = [*range(0, whole, blocks * BLOCK), *[whole] * (whole < rows)]  # the last block may be smaller
+    else:
+        step = -(-BLOCK // -(-BLOCK * columns // most))
+        starts = [begin for block in range(0, rows, BLOCK) for begin in range(block, min(block + BLOCK, rows), step)]
+    return [slice(begin, end) for begin, end in zip(starts, [*starts[1:], rows])]
 
 
 def by_column(scale_BG, columns: int):
-    """Each block's scale once for every column, (B, I)."""
-    return scale_BG.repeat_interleave(BLOCK, dim=1)[:, :columns]
+    """Each block's scale once for every column, times the 2^8 that fp8_halves leaves out, (B, I)."""
+    return (scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=1)[:, :columns]
 
 
-def fp8_scaled(value_OI, scale_BI):
-    """The float32 weights of a panel, in place, its blocks' scales given column by column."""
-    whole = len(value_OI) // BLOCK
-    value_OI[: whole * BLOCK].unflatten(0, (whole, BLOCK)).mul_(scale_BI[:whole].unsqueeze(1))
-    if whole * BLOCK < len(value_OI):  # a last block of fewer rows
-        value_OI[whole * BLOCK :].mul_(scale_BI[whole])
-    return value_OI
+def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False):
+    """code x the scale of its block, in float32, then rounded once to `dtype`; (O, I). Exact but for that rounding.
+
+    `finite` says that no code is NaN, and spares the looking.
+    """
+    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
+    scale_BI = by_column(scale_BG, code_OI.shape[1])
+    for rows in pieces(*code_OI.shape, PIECE if code_OI.device.type == "cpu" else LARGE_PIECE):
+        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))  # one, or several whole ones
+        value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (blocks.stop - blocks.start, -1))
+        weight_OI[rows] = value_NLI.mul_(scale_BI[blocks].unsqueeze(1)).flatten(0, 1)
+    return weight_OI if finite or not fp8_has_nan(code_OI) else weight_OI.masked_fill_(fp8_is_nan(code_OI), torch.nan)
 
 
-def fp8_product(x_MI, code_OI, scale_BG, values=fp8_values):
+def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
     """x W^T for a few rows of x, (M, O): a weight is read once then, and scaling all of them would cost more than the
     product. So each block of 128 rows meets its own scaled copy of x, and its codes are only widened.
 
-    float32 throughout (float64 for a float64 x): more exact than rounding the weights to bfloat16 first. `values` may
-    be fp8_finite_values where no code is NaN.
+    float32 throughout (float64 for a float64 x): more exact than rounding the weights to bfloat16 first.
     """
     wide = torch.promote_types(x_MI.dtype, torch.float32)
-    x_BMI = x_MI.to(wide) * by_column(scale_BG.to(wide) * 2.0**8, code_OI.shape[1]).unsqueeze(1)
-    return torch.cat([x_BMI[rows.start // BLOCK] @ values(code_OI[rows]).to(wide).mT for rows in pieces(code_OI)], dim=-1).to(x_MI.dtype)
+    x_CI = F.pad(x_MI.to(wide), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
+    x_BIC = (x_CI * by_column(scale_BG.to(wide), code_OI.shape[1]).unsqueeze(1)).mT
+    one_block = pieces(*code_OI.shape, min(PIECE, BLOCK * code_OI.shape[1]))
+    y_OM = torch.cat([fp8_halves(code_OI[rows]).to(wide) @ x_BIC[rows.start // BLOCK] for rows in one_block])[:, : len(x_MI)]
+    if not finite and fp8_has_nan(code_OI):
+        y_OM = y_OM.masked_fill(fp8_is_nan(code_OI).any(-1, keepdim=True), torch.nan)
+    return y_OM.mT.to(x_MI.dtype)
 
 
-def fp8_row_product(x_I, code_OI, scale_BG):
-    """fp8_product for one row, (I,) -> (O,), and codes of which none is NaN. It takes little but time to widen them, so every
-    piece is widened into the same place."""
-    (O, I), some = code_OI.shape, pieces(code_OI)
-    x_BI = x_I.float() * by_column(scale_BG * 2.0**8, I)
-    halves, wide, y_O = (code_OI.new_empty(shape, dtype=dtype) for shape, dtype in (((some[0].stop, I), torch.int16), ((some[0].stop, I), torch.float32), ((O,), torch.float32)))
-    for rows in some:
-        value_PI = wide[: rows.stop - rows.start].copy_(fp8_halves(code_OI[rows], halves))
-        torch.mv(value_PI, x_BI[rows.start // BLOCK], out=y_O[rows])
-    return y_O.to(x_I.dtype)
+def columns_for(rows: int) -> int:
+    """How many columns the second factor of W x^T is filled up to. For one alone torch takes another function, which may run
+    on one core and then has to fetch what the others have just widened; and from half a kernel's step on a whole one is faster."""
+    return max(rows, 2) if rows <= STEP // 2 else -(-rows // STEP) * STEP
 
 
-def fp8_many_rows_product(x_MI, code_OI, scale_BG, values=fp8_values):
-    """x W^T for many rows, (..., M, O): the weights are widened, to x's dtype or to the one that the CPU multiplies in."""
-    if not wants_float32(x_MI):
-        return F.linear(x_MI, fp8_dequantize(code_OI, scale_BG, x_MI.dtype, values))
-    scale_BI = by_column(scale_BG * 2.0**8, code_OI.shape[1])
-    return float32_product(x_MI, panels(*code_OI.shape, BLOCK), lambda rows: fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :]))
+def fp8_many_rows_product(x_MI, code_OI, scale_BG, finite: bool = False, dequantize=fp8_dequantize):
+    """x W^T for many rows, (..., M, O): the weights are widened, to x's dtype or to the one that the CPU multiplies in, a
+    panel at a time, which then is still in a cache."""
+    dtype = torch.float32 if wants_float32(x_MI) else x_MI.dtype
+
+    def widened(rows):
+        return dequantize(code_OI[rows], scale_BG[rows.start // BLOCK : -(-rows.stop // BLOCK)], dtype, finite)
+
+    return panel_product(x_MI, panels(*code_OI.shape, BLOCK, dtype), widened, dtype)
 
 
 def fp8_quantize(weight_OI):
@@ -176,38 +167,26 @@ class FP8Linear(nn.Module):
         return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype))
 
 
-class FP8CodesLinear(OneRow, FP8Linear):
+class FP8CodesLinear(FP8Linear):
     """The same for a CPU, where few rows of x meet the codes themselves."""
 
-    def __init__(self, code_OI, scale_BG, values=None):
+    def __init__(self, code_OI, scale_BG, finite: bool | None = None):
         super().__init__(code_OI, scale_BG)
-        self.values = values  # fp8_values or fp8_finite_values; known once the codes have been looked at
+        self.finite = finite  # whether no code is NaN; known once they have been looked at
+        self.dequantize = fp8_dequantize  # compiled.py has another
 
-    def one_row(self, x_MI):
-        """W x, (..., I) -> (..., O)."""
-        if x_MI.dtype == torch.float64 or x_MI.requires_grad or self.weight_scale_inv.requires_grad or not self.has_no_nan():
-            return self.few_rows(x_MI)
-        return fp8_row_product(x_MI.flatten(), self.weight, self.weight_scale_inv).view(*x_MI.shape[:-1], -1)
-
-    def many_rows(self, x_MI):
+    def forward(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""
-        if x_MI.shape[:-1].numel() < FEW:
-            return self.few_rows(x_MI)
-        return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.reading())
-
-    def few_rows(self, x_MI):
-        """The same where the rows are fewer than FEW, or one that fp8_row_product does not take."""
+        if x_MI.shape[:-1].numel() >= FEW:
+            return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.has_no_nan(), self.dequantize)
         rows = x_MI.reshape(-1, x_MI.shape[-1])
-        return fp8_product(rows, self.weight, self.weight_scale_inv, self.reading()).view(*x_MI.shape[:-1], -1)
-
-    def reading(self):
-        """The faster of `values`, unless there is a NaN among the codes; they are looked at once."""
-        self.values = self.values or (fp8_values if fp8_has_nan(self.weight) else fp8_finite_values)
-        return self.values
+        return fp8_product(rows, self.weight, self.weight_scale_inv, self.has_no_nan()).view(*x_MI.shape[:-1], -1)
 
     def has_no_nan(self) -> bool:
-        """Whether every code is a number."""
-        return self.reading() is fp8_finite_values
+        """Whether every code is a number; they are looked at once."""
+        if self.finite is None:
+            self.finite = not fp8_has_nan(self.weight)
+        return self.finite
 
 
 class INT4Linear(nn.Module):

@@ -279,17 +279,18 @@ MUTANTS = (
     # ---- stored formats ----
     Mutant(
         "FP8 scales transposed", "quantization.py",
-        "scale_BG.repeat_interleave(BLOCK, dim=1)", "scale_BG.mT.reshape(scale_BG.shape).repeat_interleave(BLOCK, dim=1)",
+        "(scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=1)", "(scale_BG.mT.reshape(scale_BG.shape) * 2.0**8).repeat_interleave(BLOCK, dim=1)",
         "tests/test_quantization.py::test_a_scale_touches_its_own_block_and_no_other",
     ),
     Mutant(
         "ragged last block misread: columns shared out evenly", "quantization.py",
-        "scale_BG.repeat_interleave(BLOCK, dim=1)", "scale_BG.repeat_interleave(-(-columns // scale_BG.shape[1]), dim=1)",
+        ".repeat_interleave(BLOCK, dim=1)", ".repeat_interleave(-(-columns // scale_BG.shape[1]), dim=1)",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "fp8_scaled(values(code_OI[rows]), scale_BI[rows.start // BLOCK :])\n    return", "fp8_scaled(values(code_OI[rows]), scale_BI[(rows.stop - 1) * len(scale_BI) // len(code_OI) :])\n    return",
+        "value_NLI.mul_(scale_BI[blocks].unsqueeze(1)).flatten(0, 1)",
+        "value_NLI.flatten(0, 1).mul_(scale_BI[torch.arange(rows.start, rows.stop) * len(scale_BI) // len(code_OI)])",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
@@ -315,7 +316,7 @@ MUTANTS = (
     ),
     Mutant(
         "few rows: every block of rows scaled as the first", "quantization.py",
-        "[x_BMI[rows.start // BLOCK] @ values", "[x_BMI[0] @ values",
+        "@ x_BIC[rows.start // BLOCK] for", "@ x_BIC[0] for",
         "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
     ),
     Mutant(

@@ -6,12 +6,12 @@ from small import assert_close, assert_same, numbers, random_ids, random_model, 
 from torch import nn
 
 import k2
-from k2 import products
+from k2 import products, quantization
 from k2.checkpoint import Checkpoint, save
-from k2.compiled import Compiled, CompiledCodes, Compiler, fp8_row, fp8_row_expert, fp8_widened, row_expert, row_product, with_compiled_products
+from k2.compiled import Compiled, CompiledCodes, Compiler, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
 from k2.offload import store_of, weight_bytes
-from k2.quantization import FP8CodesLinear, fp8_quantize
+from k2.quantization import FP8CodesLinear, fp8_dequantize, fp8_quantize
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -26,8 +26,8 @@ def test_the_written_out_products_are_the_modules(dtype, limit):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The written out functions as they stand: what the compiler does to them is the slow test's business."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(products, "has_tiles", lambda: False)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: "none")
 
 
 def test_a_single_row_meets_the_function_and_more_rows_the_module():
@@ -59,12 +59,10 @@ def test_every_expert_and_every_linear_but_kv_b_is_taken_and_quantised_ones_are_
 def test_matrices_that_a_single_row_meets_in_torch_mv_are_left_to_it(uncompiled, monkeypatch):
     expert, linear = Expert(40, 24).to(torch.bfloat16), nn.Linear(40, 24, bias=False).to(torch.bfloat16)
     assert isinstance(Compiler().form_of(expert), Compiled) and isinstance(Compiler().form_of(linear), Compiled)
-    monkeypatch.setattr(products, "has_tiles", lambda: True)
-    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 24 * 40)
-    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear, "with tiles smaller ones too"
-    monkeypatch.setattr(products, "has_tiles", lambda: False)
-    monkeypatch.setattr(products, "LARGE", 24 * 40)
-    assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear
+    for unit in ("tiles", "none"):
+        monkeypatch.setattr(products, "bfloat16_unit", lambda unit=unit: unit)
+        monkeypatch.setitem(products.MV_FROM, unit, 24 * 40)
+        assert Compiler().form_of(expert) is expert and Compiler().form_of(linear) is linear, unit
     wide = nn.Linear(40, 24, bias=False)
     assert isinstance(Compiler().form_of(wide), Compiled), "float32 has no torch.mv"
 
@@ -112,6 +110,28 @@ def test_a_nan_among_the_codes_is_kept_by_the_plain_way():
     expert.down_proj.weight.data.view(torch.uint8)[5, 7] = 0xFF
     found = CompiledCodes(expert, fp8_row_expert, [expert.gate_proj, expert.up_proj, expert.down_proj])(numbers(1, 256, dtype=torch.float32))
     assert found[0, 5].isnan() and int(found.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arithmetic", [True, False])
+def test_a_prompts_experts_are_widened_by_the_compiled_function_to_the_same_numbers(uncompiled, monkeypatch, dtype, arithmetic):
+    expert, asked = Expert(256, 128), []
+    expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 256, 2), fp8_linear(128, 256, 3), fp8_linear(256, 128, 4)
+    monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
+    x = numbers(quantization.FEW, 256, dtype=dtype)
+    plain, compiler = expert(x), Compiler()
+    compiler.fp8_weights = lambda *given: asked.append(given[0].shape) or fp8_weights(*given)
+    assert_same(compiler.form_of(expert)(x), plain, "expert")
+    assert asked == [(128, 256), (128, 256), (256, 128)]
+
+
+def test_what_the_compiled_widening_does_not_take_goes_the_plain_way(uncompiled):
+    compiler, ragged = Compiler(), fp8_linear(200, 256, 1)
+    whole = ragged.weight[:128].clone()
+    compiler.fp8_weights = None  # whoever calls it fails
+    assert_same(compiler.dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16, True), fp8_dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16), "half a block")
+    whole.view(torch.uint8)[5, 7] = 0xFF
+    assert compiler.dequantize(whole, ragged.weight_scale_inv[:1], torch.float32, False).isnan().nonzero().tolist() == [[5, 7]]
 
 
 def test_fp8_whose_columns_are_no_whole_blocks_goes_the_plain_way(uncompiled):

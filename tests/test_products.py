@@ -8,15 +8,17 @@ import k2
 from k2 import products, quantization
 from k2.checkpoint import Checkpoint, RowHead, load, plain_linear, save
 from k2.offload import store_of, weight_bytes
-from k2.products import RowLinear, has_bfloat16, many_rows_product, wants_mv
+from k2.products import RowLinear, has_bfloat16, many_rows_product, wants_row_kernel
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (40,), (1, 1, 40), (2, 40)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("large", [1, products.LARGE])
-def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype, large, monkeypatch):
-    monkeypatch.setattr(products, "LARGE", large)
-    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", large)
+@pytest.mark.parametrize("unit", ["tiles", "pairs", "none", "unknown"])
+@pytest.mark.parametrize("large", [1, 2**30])
+def test_a_matrix_gives_the_product_whatever_kernel_takes_it(shape, dtype, unit, large, monkeypatch):
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: unit)
+    monkeypatch.setattr(products, "MV_FROM", {**products.MV_FROM, "tiles": large, "none": large, "unknown": large})
+    monkeypatch.setattr(products, "TWICE_FROM", large)
     linear = plain_linear(numbers(24, 40, dtype=dtype), torch.device("cpu"))
     assert isinstance(linear, RowLinear) == (dtype == torch.bfloat16)
     x, right = numbers(*shape, seed=1, dtype=dtype), numbers(24, 40, dtype=dtype).double()
@@ -30,8 +32,7 @@ def test_a_loaded_models_matrices_and_head_take_the_cpus_kernel(tmp_path, monkey
     loaded = load(tmp_path / "model", dtype=None)
     assert isinstance(loaded.lm_head, RowHead) and isinstance(loaded.model.layers[1].self_attn.o_proj, RowLinear)
     taken, real = [], torch.mv
-    monkeypatch.setattr(products, "LARGE", 1)
-    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 1)
+    monkeypatch.setattr(products, "MV_FROM", dict.fromkeys(products.MV_FROM, 1))
     monkeypatch.setattr(torch, "mv", lambda weight, x: taken.append(weight.shape) or real(weight, x))
     logits = loaded(torch.tensor([3]))
     assert tuple(loaded.lm_head.weight.shape) in map(tuple, taken) and logits.dtype == torch.float32 and len(taken) > 10
@@ -44,16 +45,15 @@ def test_a_loaded_models_matrices_and_head_take_the_cpus_kernel(tmp_path, monkey
 @pytest.mark.parametrize("arithmetic", [False, True])
 def test_an_expert_from_a_disk_takes_the_kernels_of_a_resident_one(tmp_path, monkeypatch, format, dtype, compiled, arithmetic):
     """Small matrices give the same bits by any kernel. So here each kernel is made to leave its mark."""
-    mv, in_float32 = torch.mv, products.float32_product
+    mv, in_float32 = torch.mv, products.panel_product
     monkeypatch.setattr(torch, "mv", lambda weight, x, **out: mv(weight, 1.25 * x, **out))
     monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
     for module in (products, quantization):
-        monkeypatch.setattr(module, "float32_product", lambda x_MI, *given: in_float32(1.5 * x_MI, *given))
+        monkeypatch.setattr(module, "panel_product", lambda x_MI, *given: in_float32(1.5 * x_MI, *given))
     monkeypatch.setattr(products, "SOME", 2)
-    monkeypatch.setattr(products, "LARGE", 1)
-    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 1)
+    monkeypatch.setattr(products, "MV_FROM", dict.fromkeys(products.MV_FROM, 1))
     monkeypatch.setattr(quantization, "FEW", 2)
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *given: 0.75 * function(*given))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *given: 0.75 * function(*given))
     config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
     save(random_model(config), tmp_path / "model", format=format)
     ids, (_, rest) = random_ids(config, 6), weight_bytes(Checkpoint(tmp_path / "model"), dtype)
@@ -72,7 +72,7 @@ def test_no_row_at_all_is_not_one_row():
 
 @pytest.mark.parametrize(("dtype", "device", "wanted"), [(torch.bfloat16, "cpu", True), (torch.float32, "cpu", False), (torch.bfloat16, "cuda", False)])
 def test_only_bfloat16_on_a_cpu_wants_another_kernel(dtype, device, wanted):
-    assert wants_mv(dtype, torch.device(device)) == wanted
+    assert wants_row_kernel(dtype, torch.device(device)) == wanted
 
 
 @pytest.mark.parametrize("rows", [1, products.SOME - 1, products.SOME, products.MANY])
@@ -83,7 +83,7 @@ def test_many_rows_are_multiplied_in_float32_where_the_processor_has_no_other_ar
     asked, real = [], products.F.linear
     monkeypatch.setattr(products.F, "linear", lambda x, w: asked.append((x.dtype, len(x), len(w))) or real(x, w))
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(products, "PANEL", panel)
+    monkeypatch.setattr(products, "PANEL", 4 * panel)
     found, step = many_rows_product(x, weight), max(1, panel // 40)
     assert found.dtype == dtype and found.shape == (2, rows, 30)
     assert_close(found, x.double() @ weight.double().T, 4e-3 if dtype == torch.bfloat16 else 1e-6, "product")
@@ -100,7 +100,7 @@ def test_attentions_own_product_takes_the_same_way(tmp_path, monkeypatch):
     loaded, ids = load(tmp_path / "model", dtype=None), random_ids(config, 2 * products.SOME)
     plain, asked = loaded(ids), []
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(products, "float32_product", lambda *given, real=products.float32_product: asked.append(given[1][-1].stop) or real(*given))
+    monkeypatch.setattr(products, "panel_product", lambda *given, real=products.panel_product: asked.append(given[1][-1].stop) or real(*given))
     assert_close(loaded(ids), plain, 3e-2, "logits")
     assert asked.count(config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)) >= config.num_hidden_layers
 
@@ -113,12 +113,12 @@ def test_a_decoded_token_meets_the_latents_the_same_way(monkeypatch):
     given = [numbers(*shape, seed=seed, dtype=torch.bfloat16) for seed, shape in enumerate([
         (products.SOME, 1, config.qk_nope_head_dim), (products.SOME, 1, config.qk_rope_head_dim), (20, config.kv_lora_rank), (20, config.qk_rope_head_dim)])]  # fmt: skip
     plain = attention.absorbed(*given)
-    for name in ("float32_product", "float32_sum"):
+    for name in ("panel_product", "float32_sum"):
         monkeypatch.setattr(products, name, lambda *given, name=name, real=getattr(products, name): taken.append(name) or real(*given))
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     attention.product = many_rows_product
     assert_close(attention.absorbed(*given), plain, 2e-2, "heads")
-    assert taken == ["float32_product", "float32_product", "float32_sum"]
+    assert taken == ["panel_product", "panel_product", "float32_sum"]
 
 
 @pytest.mark.parametrize("panel", [1, 100, products.PANEL])
@@ -133,7 +133,7 @@ def test_a_matrix_that_lies_across_is_summed_by_panels(monkeypatch, panel):
 
 def test_a_batch_of_matrices_training_and_another_dtype_go_the_plain_way(monkeypatch):
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(products, "float32_product", None)  # whoever calls it fails
+    monkeypatch.setattr(products, "panel_product", None)  # whoever calls it fails
     x, weight = numbers(2, products.SOME, 40, dtype=torch.bfloat16), numbers(2, 30, 40, seed=1, dtype=torch.bfloat16)
     assert_same(many_rows_product(x, weight), x @ weight.mT, "a batch")
     assert_same(many_rows_product(x.requires_grad_(), weight[0]), torch.nn.functional.linear(x, weight[0]), "training")
@@ -141,25 +141,29 @@ def test_a_batch_of_matrices_training_and_another_dtype_go_the_plain_way(monkeyp
         many_rows_product(x.detach(), weight[0].float())
 
 
-@pytest.mark.parametrize(("found", "wanted"), [
-    ({"architecture": "x86_64"}, False), ({"architecture": "x86_64", "avx512_bf16": True}, True), ({"architecture": "x86_64", "amx_bf16": True}, True),
-    ({"architecture": "x86_64", "avx2": True, "avx512_f": True}, False), ({"architecture": "aarch64"}, True), ({}, True),
+@pytest.mark.parametrize(("found", "unit"), [
+    ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, "tiles"), ({"architecture": "x86_64", "avx512_bf16": True}, "pairs"),
+    ({"architecture": "x86_64", "avx_ne_convert": True}, "unknown"), ({"architecture": "x86_64", "avx2": True, "avx512_f": True}, "none"),
+    ({"architecture": "aarch64"}, "unknown"), ({}, "unknown"),
 ])  # fmt: skip
-def test_a_processor_without_bfloat16_is_known_by_what_torch_says_of_it(monkeypatch, found, wanted):
+def test_what_a_processor_has_for_bfloat16_is_known_by_what_torch_says_of_it(monkeypatch, found, unit):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    assert has_bfloat16.__wrapped__() == wanted
+    assert products.bfloat16_unit.__wrapped__() == unit and unit in products.MV_FROM
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: unit)
+    assert has_bfloat16() == (unit != "none")
 
 
-@pytest.mark.parametrize(("found", "wanted"), [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)])
-def test_where_the_processor_has_tiles_a_row_meets_small_matrices_in_torch_mv_too(monkeypatch, found, wanted):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    assert products.has_tiles.__wrapped__() == wanted
-    monkeypatch.setattr(products, "has_tiles", lambda: wanted)
-    monkeypatch.setattr(products, "LARGE_BESIDE_TILES", 24 * 40)
-    linear, calls, real = RowLinear(40, 24, bias=False).to(torch.bfloat16), [], torch.mv
-    monkeypatch.setattr(torch, "mv", lambda *given: calls.append(1) or real(*given))
-    x = numbers(1, 40, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("unit", "size", "way"), [
+    ("tiles", 2**17, "mv"), ("tiles", 2**16, "once"), ("none", 2**21, "mv"), ("none", 2**20, "once"), ("unknown", 2**21, "mv"),
+    ("pairs", 2**22, "twice"), ("pairs", 2**20, "twice"), ("pairs", 2**19, "once"),
+])  # fmt: skip
+def test_the_way_of_a_single_row_depends_on_the_processor_and_the_size(monkeypatch, unit, size, way):
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: unit)
+    linear, ways, mv, library = RowLinear(512, size // 512, bias=False).to(torch.bfloat16), [], torch.mv, products.F.linear
+    monkeypatch.setattr(torch, "mv", lambda *given: ways.append("mv") or mv(*given))
+    monkeypatch.setattr(products.F, "linear", lambda x, w: ways.append("twice" if x.shape == (2, 512) else "once") or library(x, w))
+    x = numbers(1, 512, dtype=torch.bfloat16)
     with torch.no_grad():
         found = linear(x)
-    assert len(calls) == wanted and found.shape == (1, 24)
+    assert ways == [way] and found.shape == (1, size // 512)
     assert_close(found, x.double() @ linear.weight.double().T, 1e-2, "product")

@@ -15,6 +15,12 @@ The names below are the public face; everything a user can do wrong raises K2Err
 """
 
 import os
+import signal
+import sys
+
+importing = sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if importing:  # `python -m k2`: while torch is imported nothing runs yet that a traceback would tell of, so Ctrl-C just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's memory in pages of 2 MiB; torch looks once, when it first allocates
 
@@ -27,6 +33,9 @@ from .model import K2
 from .offload import load
 from .reply import ReplyStream, parse_reply
 from .tokenizer import Tokenizer
+
+if importing:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "ReplyStream", "Tokenizer", "encode_chat", "generate", "load", "parse_reply",
            "render_chat", "save"]  # fmt: skip

@@ -206,6 +206,14 @@ def test_a_process_that_gets_sigint_ends_with_130(checkpoint):
     assert done.returncode == 130 and b"Traceback" not in done.stderr and done.stderr.endswith(b"stopped\n"), done.stderr.decode()
 
 
+def test_ctrl_c_while_torch_is_imported_just_ends_the_process(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError('still here')\n")
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "k2", "generate"], cwd=ROOT, env=environment, preexec_fn=default, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGINT and done.stderr == b"", done.stderr.decode()
+
+
 def test_a_reader_that_goes_away_is_no_error(checkpoint):
     command = [sys.executable, "-m", "k2", "generate", "--model", str(checkpoint), "--max-new-tokens", "60", "--device", "cpu", "a"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -18,7 +18,7 @@ import torch
 from .ceilings import bus_bandwidth, device_bandwidth, disk_bandwidth, peak_megabytes, ram_bandwidth
 from .checkpoint import DTYPES, Checkpoint
 from .config import K2Error
-from .generation import CHUNK, decode, prefill
+from .generation import chunk_size, decode, prefill
 from .kv_cache import LatentCache
 from .offload import load, store_of, weight_bytes
 
@@ -107,11 +107,12 @@ def long_context(directory, lengths: list[int], dtype: str) -> list[dict]:
     """For each context length: seconds of a decoded token and of a prompt's chunk behind so many tokens, the cache's bytes
     and the process' peak. The past is made of random latents, as reading a prompt of that length would take hours."""
     model = load(directory, dtype=DTYPES[dtype])
-    model.config = replace(model.config, max_position_embeddings=max(lengths) + CHUNK + WARM_UP + 8)  # K2-mini's is shorter
+    tokens = chunk_size(model.config)
+    model.config = replace(model.config, max_position_embeddings=max(lengths) + tokens + WARM_UP + 8)  # K2-mini's is shorter
     rows = []
     for length in sorted(lengths):
         cache = filled_cache(model, length)
-        chunk = [seconds_of(lambda: model(torch.arange(CHUNK) % model.config.vocab_size, trimmed(cache, length), slice(-1, None))) for _ in range(2)]
+        chunk = [seconds_of(lambda: model(torch.arange(tokens) % model.config.vocab_size, trimmed(cache, length), slice(-1, None))) for _ in range(2)]
         token = [seconds_of(lambda: decode(model, 1, trimmed(cache, length))) for _ in range(WARM_UP + 5)]
         size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.c_kv_MC, layer.k_rope_MR))
         rows.append({"length": length, "token": median(token[WARM_UP:]), "chunk": min(chunk), "cache": size, "peak": peak_megabytes()})

@@ -8,19 +8,27 @@
 
 import torch
 
-from .config import K2Error
+from .config import K2Config, K2Error
 from .kv_cache import LatentCache
 from .model import K2
 from .sampling import Sampler
 
-CHUNK = 512  # tokens a prefill call; fixed, so that memory is bounded and results depend on no budget
+CHUNK = 512  # tokens a prefill call, at least
+ROWS = 32  # of a chunk's tokens that meet an expert, in the mean, at least
+
+
+def chunk_size(config: K2Config) -> int:
+    """Tokens a prefill call, 1,536 for K2. A chunk asks for nearly every expert, wherever it lies, so the fewer of them a
+    token meets the more tokens should share that. It depends on the model alone, so that results depend on no budget."""
+    return max(CHUNK, ROWS * config.n_routed_experts // config.num_experts_per_tok)
 
 
 @torch.inference_mode()
 def prefill(model: K2, ids: list[int], cache: LatentCache):
     """Read ids into the cache, chunk by chunk; logits (W,) of the last position only."""
-    for start in range(0, len(ids), CHUNK):
-        chunk_T = torch.tensor(ids[start : start + CHUNK])
+    size = chunk_size(model.config)
+    for start in range(0, len(ids), size):
+        chunk_T = torch.tensor(ids[start : start + size])
         logits_TW = model(chunk_T, cache, positions=slice(-1, None))
     return logits_TW[-1]
 

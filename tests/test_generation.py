@@ -40,10 +40,24 @@ def test_generate_equals_recomputing_everything_for_each_token(changes):
 def test_a_prompt_read_in_chunks_gives_the_same_ids(monkeypatch, chunk):
     model, expected = model_and_reference()
     sizes = spy_on_tokens(model)
-    monkeypatch.setattr(k2.generation, "CHUNK", chunk)
+    monkeypatch.setattr(k2.generation, "chunk_size", lambda config: chunk)
     assert list(generate(model, PROMPT, 24)) == expected
     whole, rest = divmod(len(PROMPT), chunk)
     assert sizes == [chunk] * whole + [rest] * (rest > 0) + [1] * 23
+
+
+@pytest.mark.parametrize(("experts", "chosen", "tokens"), [(384, 8, 1536), (64, 8, 512), (48, 4, 512), (1024, 8, 4096)])
+def test_a_chunk_is_as_long_as_the_models_experts_ask_for(experts, chosen, tokens):
+    assert k2.generation.chunk_size(small_config(n_routed_experts=experts, num_experts_per_tok=chosen)) == tokens
+
+
+def test_a_long_prompt_of_a_model_with_many_experts_asks_for_each_less_often():
+    model = random_model(small_config(n_routed_experts=64, num_experts_per_tok=2, max_position_embeddings=1200))
+    sizes, asked = spy_on_tokens(model), []
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.fetch = lambda ids, fetch=layer.mlp.experts.fetch: asked.append(len(ids)) or fetch(ids)
+    ids = [i % 48 for i in range(1100)]
+    assert len(list(generate(model, ids, 1))) == 1 and sizes == [1024, 76] and len(asked) == 2 * len(model.model.layers[1:])
 
 
 def spy_on_tokens(model) -> list[int]:
@@ -57,7 +71,7 @@ def test_the_head_never_sees_more_than_one_row(monkeypatch):
     model, expected = model_and_reference()
     rows = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape)))
-    monkeypatch.setattr(k2.generation, "CHUNK", 4)
+    monkeypatch.setattr(k2.generation, "chunk_size", lambda config: 4)
     assert list(generate(model, PROMPT, 24)) == expected
     assert rows == [(1, 48)] * (3 + 23), "three chunks of the prompt, and one row for each id but the last"
 
@@ -167,7 +181,7 @@ class Interrupt:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9])
 def test_ctrl_c_at_any_layer_leaves_a_cache_that_can_go_on(monkeypatch, layer, n):
-    monkeypatch.setattr(k2.generation, "CHUNK", 4)  # the first three calls read the prompt
+    monkeypatch.setattr(k2.generation, "chunk_size", lambda config: 4)  # the first three calls read the prompt
     model, expected = model_and_reference()
     cache, got = LatentCache(model.config), []
     interrupt = Interrupt(model.model.layers[layer].mlp, n)  # behind attention: this layer's cache has been written, the next one's not

@@ -500,7 +500,7 @@ def linear_at_rest(parts: dict, device, by_codes: bool, own: bool = False) -> nn
     parts = {kind: tensor.to(device) for kind, tensor in parts.items()}
     if "weight_scale_inv" in parts:
         code_OI, scale_BG = parts["weight"], parts["weight_scale_inv"]
-        return FP8CodesLinear(code_OI, scale_BG, own or None) if by_codes else FP8Linear(code_OI, scale_BG)
+        return (FP8CodesLinear if by_codes else FP8Linear)(code_OI, scale_BG, own or None)
     packed_OU, scale_OG, shape_2 = (parts[kind] for kind in ("weight_packed", "weight_scale", "weight_shape"))
     if by_codes and len(packed_OU) % KERNEL_STEP == 0:
         return INT4KernelLinear(packed_OU, scale_OG, shape_2, in_place=own)

@@ -158,22 +158,26 @@ def int4_quantize(weight_OI):
 class FP8Linear(nn.Module):
     """nn.Linear without bias whose weight stays FP8 at rest and is widened to x's dtype for each product."""
 
-    def __init__(self, code_OI, scale_BG):
+    def __init__(self, code_OI, scale_BG, finite: bool | None = None):
         super().__init__()
         self.weight = nn.Parameter(code_OI, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(scale_BG, requires_grad=False)
+        self.finite = finite  # whether no code is NaN; known once they have been looked at
 
     def forward(self, x_MI):
-        return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype))
+        return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype, self.has_no_nan()))
+
+    def has_no_nan(self) -> bool:
+        """Whether every code is a number; they are looked at once."""
+        if self.finite is None:
+            self.finite = not fp8_has_nan(self.weight)
+        return self.finite
 
 
 class FP8CodesLinear(FP8Linear):
     """The same for a CPU, where few rows of x meet the codes themselves."""
 
-    def __init__(self, code_OI, scale_BG, finite: bool | None = None):
-        super().__init__(code_OI, scale_BG)
-        self.finite = finite  # whether no code is NaN; known once they have been looked at
-        self.dequantize = fp8_dequantize  # compiled.py has another
+    dequantize = staticmethod(fp8_dequantize)  # compiled.py has another
 
     def forward(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""
@@ -181,12 +185,6 @@ class FP8CodesLinear(FP8Linear):
             return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.has_no_nan(), self.dequantize)
         rows = x_MI.reshape(-1, x_MI.shape[-1])
         return fp8_product(rows, self.weight, self.weight_scale_inv, self.has_no_nan()).view(*x_MI.shape[:-1], -1)
-
-    def has_no_nan(self) -> bool:
-        """Whether every code is a number; they are looked at once."""
-        if self.finite is None:
-            self.finite = not fp8_has_nan(self.weight)
-        return self.finite
 
 
 class INT4Linear(nn.Module):

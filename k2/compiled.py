@@ -1,10 +1,10 @@
-"""torch.compile for decode on a CPU, an option: `--compile`.
+"""torch.compile for decode on a CPU, and for the FP8 experts of a prompt, an option: `--compile`.
 
 A token's product with a matrix reads the matrix once. Here it is written out as multiply and sum, which the compiler
 fuses into one pass over the weights, an expert's three matrices in one function. FP8 gains most, as its codes are widened
 within that pass and never written out; bfloat16 gains where products.py has no torch.mv for it, and what it has is left to it,
 as that was faster where both were measured (two Intel servers). INT4 is left to torch's own kernel. A prompt's products go
-the plain way, but for the experts' FP8 codes, which are widened in one pass instead of five. The first prompt and the first
+the plain way, but for the experts' FP8 codes, which are widened and scaled in one pass instead of five. The first prompt and first
 tokens pay for compiling, some ten to thirty seconds.
 
     M rows sent here, one in the compiled forms · D hidden · F width · O, I a matrix's rows and columns
@@ -119,7 +119,7 @@ class Compiler:
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
             torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row, fp8_row_expert)
         )
-        self.fp8_weights = torch.compile(fp8_weights, dynamic=False)  # one for each size of panels, of which an expert has two
+        self.fp8_weights = torch.compile(fp8_weights, dynamic=False)  # one for each size of panels: K2's experts have two, its dense layer a third, and torch goes up to eight
 
     def form_of(self, module: nn.Module) -> nn.Module:
         """The module in its compiled form, or as it is where there is none: they sum in float32, so float64 has none."""
@@ -143,9 +143,8 @@ class Compiler:
             return CompiledCodes(module, self.fp8_product, [module])
         return module
 
-
     def dequantize(self, code_OI, scale_BG, dtype, finite: bool):
-        """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers."""
+        """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers but for the sign of zero."""
         if not finite or len(code_OI) % BLOCK:
             return fp8_dequantize(code_OI, scale_BG, dtype, finite)
         return self.fp8_weights(code_OI, scale_BG).to(dtype)

@@ -468,9 +468,9 @@ def load(directory, device="cpu", dtype="auto", gpu_memory=None, ram=None, layer
 
     ram and gpu_memory are the bytes that weights may take in either; the non-routed ones lie on the device and count
     there. Without a number it is nine tenths of what is free now. The tokens do not depend on them. With `layers` it is
-    the model of that many first layers; `compiled` lets torch.compile make the products of decode; `experts_on` "cpu" leaves
-    the experts in RAM and computes them there, which rounds differently from a GPU. Raises K2Error if the non-routed
-    weights and one expert do not fit.
+    the model of that many first layers; `compiled` lets torch.compile make the products of decode and widen a prompt's
+    FP8 experts; `experts_on` "cpu" leaves the experts in RAM and computes them there, which rounds differently from a
+    GPU. Raises K2Error if the non-routed weights and one expert do not fit.
     """
     checkpoint, device = Checkpoint(directory, layers), torch.device(device)
     if gpu_memory is not None and device.type == "cpu":

@@ -33,7 +33,7 @@ def forms(config: K2Config, compiled: bool) -> dict[str, nn.Module]:
         setattr(plain, name, library_linear(linear))
     found = {"bf16, F.linear": plain, "bf16": made["bf16"], "fp8": made["fp8"], "int4": made["int4"]}
     if compiled:
-        compiler = Compiler()  # which leaves bfloat16 of this size to torch.mv: here is what it would be
+        compiler = Compiler()  # which leaves to torch.mv what products.py gives it: here is what bfloat16 would be
         found["bf16, compiled"] = Compiled(made["bf16"], compiler.expert, [linear.weight for linear in made["bf16"].children()])
         found["fp8, compiled"] = compiler.form_of(copy.deepcopy(made["fp8"]))
     return found

@@ -3,7 +3,8 @@
     one row      a token that is decoded. It is bound by reading the matrix once, and F.linear is made for more. Which way
                  reads bfloat16 fastest depends on what the processor has for it (`python -m k2 bench --products` shows
                  F.linear beside our choice): without any arithmetic, torch.mv for large matrices; with tiles, torch.mv
-                 for nearly all; with products of pairs but no tiles, F.linear, and of two rows rather than one.
+                 for nearly all; with products of pairs but no tiles, F.linear, and of two rows rather than one. Of
+                 others nothing is known, and they are treated as if they had none.
                  compiled.py puts a compiled function in the same place.
     many rows    a prompt. It is bound by arithmetic, and most processors outside servers have none for bfloat16: F.linear
                  then converts as it goes, and takes longer than converting a panel of the matrix to float32 and multiplying

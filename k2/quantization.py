@@ -1,4 +1,4 @@
-"""The two formats K2's weights are released in, to and from, in plain torch; and the two Linears that compute from them.
+"""The two formats K2's weights are released in, to and from, in plain torch; and the Linears that compute from them.
 
     FP8 (Instruct, Base, 0905)     weight [O, I] float8_e4m3fn, weight_scale_inv [B, G] float32, one per 128 x 128 block
     INT4 (Thinking, K2.5)          weight_packed [O, U] int32, weight_scale [O, G] bfloat16, one per 32 inputs
@@ -52,7 +52,7 @@ def fp8_has_nan(code_OI) -> bool:
 
 
 def pieces(rows: int, columns: int, most: int) -> list[slice]:
-    """The rows to widen at a time, `most` weights at most: as many whole blocks as that takes, or equal parts of one."""
+    """The rows to widen at a time, `most` weights or a row: as many whole blocks as that takes, or equal parts of one."""
     if blocks := most // (BLOCK * columns):
         whole = rows // BLOCK * BLOCK
         starts = [*range(0, whole, blocks * BLOCK), *[whole] * (whole < rows)]  # the last block may be smaller
@@ -72,13 +72,15 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
 
     `finite` says that no code is NaN, and spares the looking.
     """
-    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
+    weight_OI, some_nan = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device), not finite and fp8_has_nan(code_OI)
     scale_BI = by_column(scale_BG, code_OI.shape[1])
     for rows in pieces(*code_OI.shape, PIECE if code_OI.device.type == "cpu" else LARGE_PIECE):
         blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))  # one, or several whole ones
         value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (blocks.stop - blocks.start, -1))
         weight_OI[rows] = value_NLI.mul_(scale_BI[blocks].unsqueeze(1)).flatten(0, 1)
-    return weight_OI if finite or not fp8_has_nan(code_OI) else weight_OI.masked_fill_(fp8_is_nan(code_OI), torch.nan)
+        if some_nan:
+            weight_OI[rows].masked_fill_(fp8_is_nan(code_OI[rows]), torch.nan)
+    return weight_OI
 
 
 def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
@@ -88,25 +90,28 @@ def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
     float32 throughout (float64 for a float64 x): more exact than rounding the weights to bfloat16 first.
     """
     wide = torch.promote_types(x_MI.dtype, torch.float32)
-    x_CI = F.pad(x_MI.to(wide), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
+    x_CI = F.pad(x_MI.to(wide).contiguous(), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
     x_BIC = (x_CI * by_column(scale_BG.to(wide), code_OI.shape[1]).unsqueeze(1)).mT
     one_block = pieces(*code_OI.shape, min(PIECE, BLOCK * code_OI.shape[1]))
     y_OM = torch.cat([fp8_halves(code_OI[rows]).to(wide) @ x_BIC[rows.start // BLOCK] for rows in one_block])[:, : len(x_MI)]
     if not finite and fp8_has_nan(code_OI):
         y_OM = y_OM.masked_fill(fp8_is_nan(code_OI).any(-1, keepdim=True), torch.nan)
-    return y_OM.mT.to(x_MI.dtype)
+    return y_OM.to(x_MI.dtype).mT.contiguous()
 
 
 def columns_for(rows: int) -> int:
     """How many columns the second factor of W x^T is filled up to. For one alone torch takes another function, which may run
-    on one core and then has to fetch what the others have just widened; and from half a kernel's step on a whole one is faster."""
-    return max(rows, 2) if rows <= STEP // 2 else -(-rows // STEP) * STEP
+    on one core and then has to fetch what the others have just widened; and above half a kernel's step a whole one is faster."""
+    least = 2 if torch.get_num_threads() > 1 else 1
+    return max(rows, least) if rows <= STEP // 2 else -(-rows // STEP) * STEP
 
 
 def fp8_many_rows_product(x_MI, code_OI, scale_BG, finite: bool = False, dequantize=fp8_dequantize):
     """x W^T for many rows, (..., M, O): the weights are widened, to x's dtype or to the one that the CPU multiplies in, a
     panel at a time, which then is still in a cache."""
     dtype = torch.float32 if wants_float32(x_MI) else x_MI.dtype
+    if x_MI.requires_grad:  # a graph of panels would be walked back slowly
+        return F.linear(x_MI, fp8_dequantize(code_OI, scale_BG, dtype, finite))
 
     def widened(rows):
         return dequantize(code_OI[rows], scale_BG[rows.start // BLOCK : -(-rows.stop // BLOCK)], dtype, finite)
@@ -184,7 +189,7 @@ class FP8CodesLinear(FP8Linear):
         if x_MI.shape[:-1].numel() >= FEW:
             return fp8_many_rows_product(x_MI, self.weight, self.weight_scale_inv, self.has_no_nan(), self.dequantize)
         rows = x_MI.reshape(-1, x_MI.shape[-1])
-        return fp8_product(rows, self.weight, self.weight_scale_inv, self.has_no_nan()).view(*x_MI.shape[:-1], -1)
+        return fp8_product(rows, self.weight, self.weight_scale_inv, self.has_no_nan()).view(*x_MI.shape[:-1], len(self.weight))
 
 
 class INT4Linear(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 
 from k2 import product_bench, products
 from k2.products import RowLinear
+from k2.quantization import fp8_dequantize
 
 CONFIG = replace(small_config(), hidden_size=256, moe_intermediate_size=128)
 
@@ -26,6 +27,8 @@ def test_each_format_has_its_form_and_both_forms_of_one_format_answer_alike(unco
     with torch.inference_mode():
         for one, other in (("bf16, F.linear", "bf16"), ("bf16", "bf16, compiled"), ("fp8", "fp8, compiled")):
             assert_close(found[one](x), found[other](x), 2e-2, f"{one} and {other}")
+    assert found["bf16, compiled"].plain is found["bf16"]
+    assert all(part.dequantize is fp8_dequantize for part in found["fp8"].children()), "the plain form stays plain beside the compiled one"
 
 
 def test_what_a_form_reads_is_its_weights_and_scales(uncompiled):

@@ -154,7 +154,7 @@ def test_what_a_processor_has_for_bfloat16_is_known_by_what_torch_says_of_it(mon
 
 
 @pytest.mark.parametrize(("unit", "size", "way"), [
-    ("tiles", 2**17, "mv"), ("tiles", 2**16, "once"), ("none", 2**21, "mv"), ("none", 2**20, "once"), ("unknown", 2**21, "mv"),
+    ("tiles", 2**17, "mv"), ("tiles", 2**16, "once"), ("none", 2**21, "mv"), ("none", 2**20, "once"), ("unknown", 2**21, "mv"), ("unknown", 2**20, "once"),
     ("pairs", 2**22, "twice"), ("pairs", 2**20, "twice"), ("pairs", 2**19, "once"),
 ])  # fmt: skip
 def test_the_way_of_a_single_row_depends_on_the_processor_and_the_size(monkeypatch, unit, size, way):

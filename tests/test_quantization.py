@@ -301,6 +301,9 @@ def test_pieces_are_all_rows_once_and_whole_blocks_or_parts_of_one(rows, columns
         of_one = some.start // 128 == (some.stop - 1) // 128
         assert of_one or some.start % 128 == some.stop % 128 == 0, some
         assert (some.stop - some.start) * columns <= max(most, columns)
+    if most < 128 * columns and rows >= 128:
+        sizes = [some.stop - some.start for some in found if some.start < 128]
+        assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] and (len(sizes) == 128 or sizes[-1] > sizes[0] // 2), "parts of one size, or nearly"
 
 
 @pytest.mark.parametrize("piece", [1, 130 * 50, 130 * 128, 130 * 256, 2**24])
@@ -308,16 +311,56 @@ def test_dequantisation_in_pieces_of_any_size_is_the_same(piece, monkeypatch):
     """One of several blocks is what a GPU is asked for."""
     codes, scales = codes_and_scales(300, 130)
     monkeypatch.setattr(quantization, "PIECE", piece)
+    widened, real = [], fp8_halves
+    monkeypatch.setattr(quantization, "fp8_halves", lambda code: widened.append(code.numel()) or real(code))
     assert_same(fp8_dequantize(codes, scales), written_out(codes, scales), f"pieces of {piece}")
+    fp8_product(normal(1, 130), codes, scales)
+    assert max(widened) <= max(piece, 130) and sum(widened) == 2 * codes.numel()
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, quantization.FEW])
+def test_an_answer_lies_as_a_matrix_does_and_depends_on_no_layout_of_x(count):
+    linear, x = FP8CodesLinear(*codes_and_scales(200, 130)), normal(count, 130)
+    across = x.mT.contiguous().mT
+    assert linear(x).is_contiguous() and linear(x[None]).view(-1).shape == (200 * count,)
+    assert_same(linear(across), linear(x), "x lying across")
+
+
+def test_no_row_gives_no_row():
+    assert FP8CodesLinear(*codes_and_scales(200, 130))(torch.empty(2, 0, 130)).shape == (2, 0, 200)
+
+
+def test_a_batch_counts_with_all_its_rows_and_codes_are_looked_at_once(monkeypatch):
+    linear, taken, looks = FP8CodesLinear(*codes_and_scales(200, 130)), [], []
+    for name in ("fp8_product", "fp8_many_rows_product"):
+        monkeypatch.setattr(quantization, name, lambda *given, name=name, real=getattr(quantization, name): taken.append(name) or real(*given))
+    monkeypatch.setattr(quantization, "fp8_has_nan", lambda code, real=quantization.fp8_has_nan: looks.append(1) or real(code))
+    for shape in ((3, 5), (2, 8), (16,)):
+        assert linear(normal(*shape, 130)).shape == (*shape, 200)
+    assert taken == ["fp8_product", "fp8_many_rows_product", "fp8_many_rows_product"] and len(looks) == 1
+
+
+@pytest.mark.parametrize("arithmetic, blocks", [(True, 2), (False, 1)])
+def test_a_panel_holds_as_many_blocks_as_its_dtype_lets_it(arithmetic, blocks, monkeypatch):
+    codes, scales = codes_and_scales(500, 130)
+    monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
+    monkeypatch.setattr(products, "PANEL", 4 * 128 * 130)
+    asked, x = [], normal(quantization.FEW, 130).to(torch.bfloat16)
+    found = quantization.fp8_many_rows_product(x, codes, scales, True, lambda code, *given: asked.append(len(code)) or fp8_dequantize(code, *given))
+    assert asked[0] == 128 * blocks and sum(asked) == 500
+    assert_close(found, x.double() @ fp8_dequantize(codes, scales, torch.float64).T, 4e-3, "product")
 
 
 def test_a_row_alone_and_an_odd_number_of_rows_are_filled_up():
-    assert [quantization.columns_for(rows) for rows in (0, 1, 2, 3, 8, 9, 15, 16, 17)] == [2, 2, 2, 3, 8, 16, 16, 16, 32]
     codes, scales = codes_and_scales(200, 130)
-    shapes, real = [], torch.Tensor.__matmul__
-    with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: shapes.append(tuple(b.shape)) or real(a, b)):
-        found = fp8_product(normal(1, 130), codes, scales)
-    assert found.shape == (1, 200) and set(shapes) == {(130, 2)}
+    for threads, one in ((1, 1), (2, 2)):
+        shapes, real = [], torch.Tensor.__matmul__
+        with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
+            assert [quantization.columns_for(rows) for rows in (1, 2, 3, 8, 9, 15, 16, 17)] == [one, 2, 3, 8, 16, 16, 16, 32]
+            with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: shapes.append(tuple(b.shape)) or real(a, b)):
+                found = fp8_product(normal(1, 130), codes, scales)
+        assert set(shapes) == {(130, one)}
+        assert_close(found, normal(1, 130).double() @ fp8_dequantize(codes, scales, torch.float64).T, 2e-6, f"{threads} threads")
 
 
 @pytest.mark.parametrize("powers", [8, 12, 24, 40])

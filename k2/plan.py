@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 from .config import K2Config, K2Error
+from .generation import chunk_size
 from .machine import Machine, Speeds, measured_speeds
 from .needs import FAMILY, MINI, Needs, family_config, formats_in_memory, needs, own_format, stale_buffers
 
@@ -199,6 +200,9 @@ def seconds_lines(p: Plan, machine: Machine, context: int = 0) -> list[str]:
     if p.beside_gpu:
         lines.append("  the GPU has no room for what every token reads: planned for the CPU alone, --device cpu")
     lines.append(f"planned: {s.planned:.4g} s a token, {1 / s.planned:.4g} tokens/s; the limit of its bandwidths, all tiers at once and at full rate: {s.limit:.4g} s, {1 / s.limit:.4g} tokens/s")
+    if s.disk:
+        size = missing * x.experts * x.expert
+        lines.append(f"prompt: nearly all experts on the disk are read for each {chunk_size(p.config):,} tokens: {amount(size)}, at least {size / machine.disk_bandwidth:,.3g} s")
     return lines + ([f"but: {p.obstacle}"] if p.obstacle else [])
 
 

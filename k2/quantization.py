@@ -52,7 +52,7 @@ def fp8_has_nan(code_OI) -> bool:
 
 
 def pieces(rows: int, columns: int, most: int) -> list[slice]:
-    """The rows to widen at a time, `most` weights or a row: as many whole blocks as that takes, or equal parts of one."""
+    """The rows to widen at a time, `most` weights but one row at least: as many whole blocks as that takes, or equal parts of one."""
     if blocks := most // (BLOCK * columns):
         whole = rows // BLOCK * BLOCK
         starts = [*range(0, whole, blocks * BLOCK), *[whole] * (whole < rows)]  # the last block may be smaller
@@ -72,7 +72,8 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
 
     `finite` says that no code is NaN, and spares the looking.
     """
-    weight_OI, some_nan = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device), not finite and fp8_has_nan(code_OI)
+    some_nan = not finite and fp8_has_nan(code_OI)
+    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
     scale_BI = by_column(scale_BG, code_OI.shape[1])
     for rows in pieces(*code_OI.shape, PIECE if code_OI.device.type == "cpu" else LARGE_PIECE):
         blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))  # one, or several whole ones

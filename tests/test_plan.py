@@ -159,8 +159,16 @@ def test_one_model_is_the_formula_with_its_numbers(capfd, fixed_speeds):
                   "fp8 (released)      1,029.17", "int4                  594.21", "11.89 GB at 50.00 GB/s", "21.14 GB at 50.00 GB/s", "rest and routed at the bandwidth given by a flag", "at 7.00 GB/s", "61 layers x 1.00 ms"):  # fmt: skip
         assert words in out, (words, out)
     found = seconds_per_token(INSTRUCT, DESKTOP, speeds(1e15))
-    assert f"planned: {found.planned:.4g} s a token, {1 / found.planned:.4g} tokens/s" in out and f"{1 / found.limit:.4g} tokens/s" in before_next(out)
+    assert f"planned: {found.planned:.4g} s a token, {1 / found.planned:.4g} tokens/s" in out and f"{1 / found.limit:.4g} tokens/s\n" in out
+    line = next(line for line in out.splitlines() if line.startswith("prompt: "))
+    size, seconds = re.fullmatch(r"prompt: nearly all experts on the disk are read for each 1,536 tokens: (\S+) GB, at least (\S+) s", line).groups()
+    assert float(size) == pytest.approx((1 - found.ram_share) * 23_040 * 44_054_016 / 1e9, rel=2e-3) and float(seconds) == pytest.approx(float(size) / 7, rel=1e-2)
     assert out.splitlines()[-1] == "    python download_weights.py moonshotai/Kimi-K2-Instruct --local-dir weights/instruct"
+
+
+def test_of_a_prompt_nothing_is_said_where_no_expert_stays_on_the_disk(capfd, fixed_speeds):
+    _, out, _ = run(capfd, "mini", *FLAGS)
+    assert "planned: " in out and "prompt: " not in out
 
 
 def test_a_rate_measured_here_says_so(capfd, fixed_speeds, monkeypatch):

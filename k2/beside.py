@@ -1,7 +1,7 @@
 """How fast, beside transformers on the same checkpoint: `python -m k2 bench --beside`.
 
 Each engine runs in a process of its own (for its peak memory), the two in turn, a few rounds; what counts is the ratio
-within one round, since machines drift. Both compute in the same dtype and must choose the same tokens.
+within one round, since machines drift. Both compute in the same dtype; in float32 they must choose the same tokens.
 """
 
 import json
@@ -74,15 +74,18 @@ def compare(name: str, directory: Path, prompt: int, new: int, rounds: int, dtyp
         for key in ("prefill", "decode"):
             ratios = sorted(ours[key] / theirs[key] for ours, theirs in zip(runs[engine], runs["transformers"]))
             print(f"{engine}: {key} {median(ratios):.2f} times transformers ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(f"same greedy tokens: {agreement([r['ids'] for results in runs.values() for r in results])}")
+    print(f"same greedy tokens: {agreement([r['ids'] for results in runs.values() for r in results], runs['k2'][0]['dtype'])}")
     for engine in list(runs)[:-1]:
         print(f"{engine}: logits behind the prompt apart from transformers' by {apart(runs[engine][0]['logits'], runs['transformers'][0]['logits']):.1e} of their spread")
 
 
-def agreement(texts: list[list[int]]) -> str:
+def agreement(texts: list[list[int]], dtype: str) -> str:
     """yes, or NO and where they part; in bfloat16 each engine rounds at other places, and random weights have many near ties."""
     same = next((n for n, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), len(texts[0]))
-    return "yes" if same == len(texts[0]) else f"NO, they part after {same} of {len(texts[0])}"
+    if same == len(texts[0]):
+        return "yes"
+    why = " (each rounds bfloat16 at other places, and random weights have many near ties; `python -m k2 bench` compares float32)" if dtype == "bfloat16" else ""
+    return f"NO, they part after {same} of {len(texts[0])}{why}"
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:

@@ -43,13 +43,15 @@ def test_both_engines_choose_the_same_tokens(directory, children_in_process, cap
 LOGITS = {"transformers": [-1.0, 0.0, 1.0], "k2": [-0.5, 0.5, 1.5]}
 
 
-def test_tokens_that_differ_are_shouted(directory, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype, why", [("float32", ""), ("bfloat16", " (each rounds bfloat16 at other places")])
+def test_tokens_that_differ_are_shouted(directory, monkeypatch, capsys, dtype, why):
     fake = {"load": 1.0, "first": 1.0, "prefill": 10.0, "decode": 3.0, "peak": 7.0}
-    monkeypatch.setattr(beside, "run_child", lambda engine, *_: {**fake, "decode": {"k2": 6.0, "transformers": 3.0}[engine], "ids": [len(engine)], "logits": LOGITS[engine], "dtype": "float32"})
+    monkeypatch.setattr(beside, "run_child", lambda engine, *_: {**fake, "decode": {"k2": 6.0, "transformers": 3.0}[engine], "ids": [len(engine)], "logits": LOGITS[engine], "dtype": dtype})
     beside.compare("small", directory, 70, 5, 3)
     printed = capsys.readouterr().out
     assert "logits behind the prompt apart from transformers' by 5.0e-01 of their spread" in printed
-    assert "same greedy tokens: NO" in printed and "k2: decode 2.00 times transformers (2.00 to 2.00)" in printed
+    assert f"same greedy tokens: NO, they part after 0 of 1{why}" in printed and ("at other places" in printed) == bool(why)
+    assert "k2: decode 2.00 times transformers (2.00 to 2.00)" in printed
 
 
 def test_an_engine_that_fails_is_named(tmp_path):

@@ -18,8 +18,8 @@ import os
 import signal
 import sys
 
-program = sys.argv[:1] == ["-m"] and ("-m", "k2") in zip(sys.orig_argv, sys.orig_argv[1:]) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if program:  # `python -m k2`: while torch is imported nothing runs yet that a traceback would tell of, so Ctrl-C just ends it
+_program = sys.argv[:1] == ["-m"] and ("-m", "k2") in zip(sys.orig_argv, sys.orig_argv[1:]) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _program:  # `python -m k2`: while torch is imported nothing runs yet that a traceback would tell of, so Ctrl-C just ends it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's memory in pages of 2 MiB; torch looks once, when it first allocates
@@ -34,7 +34,7 @@ from .offload import load
 from .reply import ReplyStream, parse_reply
 from .tokenizer import Tokenizer
 
-if program:
+if _program:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["Checkpoint", "K2", "K2Config", "K2Error", "LatentCache", "ReplyStream", "Tokenizer", "encode_chat", "generate", "load", "parse_reply",

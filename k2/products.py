@@ -43,12 +43,12 @@ def wants_row_kernel(dtype, device) -> bool:
 
 def takes_mv(weight_OI) -> bool:
     """Whether a single row meets this matrix in torch.mv."""
-    return wants_row_kernel(weight_OI.dtype, weight_OI.device) and weight_OI.numel() >= MV_FROM[bfloat16_unit()]
+    return weight_OI.numel() >= MV_FROM[bfloat16_unit()] and wants_row_kernel(weight_OI.dtype, weight_OI.device)
 
 
 def takes_two_rows(weight_OI) -> bool:
     """Whether a single row meets this matrix twice over, in F.linear."""
-    return wants_row_kernel(weight_OI.dtype, weight_OI.device) and bfloat16_unit() == "pairs" and weight_OI.numel() >= TWICE_FROM
+    return bfloat16_unit() == "pairs" and weight_OI.numel() >= TWICE_FROM and wants_row_kernel(weight_OI.dtype, weight_OI.device)
 
 
 def wants_float32(x_MI) -> bool:

@@ -44,29 +44,29 @@ def row_expert(x_MD, gate_FD, up_FD, down_DF):
 
 
 def fp8_widened(code_OI):
-    """float8_e4m3fn codes as float32, exactly but for the sign of zero, 2^8 times too small as in quantization.fp8_halves.
-    No code may be NaN.
+    """float8_e4m3fn codes, seen as int8, as float32, exactly but for the sign of zero and 2^9 times too large. No code may be NaN.
 
-    Sign, exponent and fraction are moved to where float32 has them, with 112 added to the exponent, in fewer steps than the
-    compiler's own conversion takes. Where a code's exponent is 0 its fraction has no 1 in front, as float32's now has: f, which stands
-    there as (1 + f) 2^-15, must become f 2^-14.
+    Every e4m3 number is a whole number of 2^-9: with exponent e and fraction f, (8 + f) 2^(e - 1) of them, or f where e is 0. So
+    whole numbers are all that it takes; to see the bits of one as a float32 would cost the compiler several steps. Without its
+    sign a code is 8 e + f: less 8, but not below 0, the e - 1 stands in its upper bits, and taken out it leaves 8 + f.
     """
-    code_OI = code_OI.view(torch.int8).int()
-    bits_OI = code_OI << 20 & -0x7810_0000 | 112 << 23
-    value_OI, one_OI = bits_OI.view(torch.float32), (bits_OI & -0x8000_0000 | 113 << 23).view(torch.float32)  # the latter +-2^-14
-    return torch.where(code_OI & 0x78 == 0, 2 * value_OI - one_OI, value_OI)
+    code_OI = code_OI.int()
+    size_OI = code_OI & 0x7F
+    above_OI = (size_OI - 8).clamp(min=0)
+    number_OI = size_OI - (above_OI & -8) << (above_OI >> 3)
+    return torch.where(code_OI < 0, -number_OI, number_OI).float()
 
 
 def fp8_weights(code_OI, scale_BG):
-    """fp8_dequantize to float32, for codes in whole blocks and none of them NaN, (O, I)."""
+    """fp8_dequantize to float32, for codes, seen as int8, in whole blocks and none of them NaN, (O, I)."""
     value_BLGL = fp8_widened(code_OI).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    return (value_BLGL * (scale_BG * 2.0**8)[:, None, :, None]).flatten(2).flatten(0, 1)
+    return (value_BLGL * (scale_BG * 2.0**-9)[:, None, :, None]).flatten(2).flatten(0, 1)
 
 
 def fp8_row(x_I, code_OI, scale_BG):
-    """W x for float8_e4m3fn codes, (I,) -> (O,), both float32: each block's sum is scaled, not each weight."""
+    """W x for float8_e4m3fn codes, seen as int8, (I,) -> (O,), both float32: each block's sum is scaled, not each weight."""
     part_OG = (fp8_widened(code_OI).unflatten(-1, (-1, BLOCK)) * x_I.unflatten(0, (-1, BLOCK))).sum(-1)
-    return (part_OG * (scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=0)[: len(code_OI)]).sum(-1)
+    return (part_OG * (scale_BG * 2.0**-9).repeat_interleave(BLOCK, dim=0)[: len(code_OI)]).sum(-1)
 
 
 def fp8_row_expert(x_D, gate_FD, up_FD, down_DF, gate_BG, up_BG, down_BG):
@@ -96,8 +96,8 @@ class CompiledCodes(Compiled):
     """The same for FP8 codes, unless there is a NaN among them."""
 
     def __init__(self, plain: nn.Module, function, parts: list[FP8CodesLinear]):
-        super().__init__(plain, function, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
-        self.parts = parts
+        super().__init__(plain, function, [part.weight.view(torch.int8) for part in parts] + [part.weight_scale_inv for part in parts])
+        self.parts, self.weight = parts, parts[0].weight
 
     def one_row(self, x_MI):
         """The function that stands in for the module; a NaN goes the plain way, which keeps it. x is widened here:
@@ -147,7 +147,7 @@ class Compiler:
         """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers but for the sign of zero."""
         if not finite or len(code_OI) % BLOCK:
             return fp8_dequantize(code_OI, scale_BG, dtype, finite)
-        return self.fp8_weights(code_OI, scale_BG).to(dtype)
+        return self.fp8_weights(code_OI.view(torch.int8), scale_BG).to(dtype)
 
 
 def in_whole_blocks(module: nn.Module) -> bool:

@@ -75,7 +75,7 @@ def fp8_linear(rows: int, columns: int, seed: int) -> FP8CodesLinear:
 def test_every_code_but_the_two_nans_is_widened_exactly():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     right = codes.float()
-    found = fp8_widened(codes) * 2.0**8
+    found = fp8_widened(codes.view(torch.int8)) * 2.0**-9
     assert int(right.isnan().sum()) == 2 and found.dtype == torch.float32
     assert torch.equal(found[~right.isnan()], right[~right.isnan()])
 
@@ -83,11 +83,11 @@ def test_every_code_but_the_two_nans_is_widened_exactly():
 @pytest.mark.parametrize("rows", [128, 256, 200])
 def test_the_written_out_fp8_products_are_the_modules(rows):
     linear, x = fp8_linear(rows, 384, 1), numbers(1, 384, dtype=torch.float32)
-    assert_close(fp8_row(x[0], linear.weight, linear.weight_scale_inv), linear(x)[0], 1e-5, "product")
+    assert_close(fp8_row(x[0], linear.weight.view(torch.int8), linear.weight_scale_inv), linear(x)[0], 1e-5, "product")
     expert = Expert(384, 128)
     expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 384, 2), fp8_linear(128, 384, 3), fp8_linear(384, 128, 4)
     parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    assert_close(fp8_row_expert(x[0], *(p.weight for p in parts), *(p.weight_scale_inv for p in parts)), expert(x)[0], 1e-5, "expert")
+    assert_close(fp8_row_expert(x[0], *(p.weight.view(torch.int8) for p in parts), *(p.weight_scale_inv for p in parts)), expert(x)[0], 1e-5, "expert")
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

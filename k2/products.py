@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PANEL = 2**22  # bytes of a matrix that are widened at a time for many rows: 4 MiB, which a cache holds
+PANEL = {"tiles": 2**24, "pairs": 2**22, "none": 2**22, "unknown": 2**22}  # bytes of a matrix widened at a time for many rows: what a cache holds; tiles multiply so fast that asking for a panel takes longer than fetching it
 MV_FROM = {"tiles": 2**17, "pairs": math.inf, "none": 2**21, "unknown": 2**21}  # weights from which torch.mv is faster for one row
 TWICE_FROM = 2**20  # weights from which, with products of pairs, F.linear takes less time for two rows than for one
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
@@ -68,14 +68,26 @@ def bfloat16_unit() -> str:
     return "none" if found.get("architecture") == "x86_64" and not found.get("avx_ne_convert") else "unknown"
 
 
+@functools.cache
+def mv_is_shared() -> bool:
+    """Whether a float32 matrix meets a single column on all threads. MKL, which torch on x86 computes it by, does so on
+    processors of its own maker, where it is half as fast again as two columns on two threads; on others on one thread."""
+    return torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("Intel")
+
+
 def has_bfloat16() -> bool:
     """Whether F.linear multiplies bfloat16 without a detour. A processor of which nothing is known is taken to."""
     return bfloat16_unit() != "none"
 
 
+def panel_bytes() -> int:
+    """The size of a panel on this processor."""
+    return PANEL[bfloat16_unit()]
+
+
 def panels(rows: int, columns: int, unit: int = 1, dtype=torch.float32) -> list[slice]:
-    """A matrix's rows in pieces of whole units, each small enough, once widened to `dtype`, to stay in a cache."""
-    step = max(1, PANEL // (dtype.itemsize * unit * columns)) * unit
+    """A matrix's rows in pieces of whole units, each of panel_bytes() at most, once widened to `dtype`."""
+    step = max(1, panel_bytes() // (dtype.itemsize * unit * columns)) * unit
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .products import STEP, panel_product, panels, wants_float32
+from .products import STEP, mv_is_shared, panel_product, panels, wants_float32
 
 BLOCK = 128
 GROUP = 32
@@ -101,9 +101,9 @@ def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
 
 
 def columns_for(rows: int) -> int:
-    """How many columns the second factor of W x^T is filled up to. For one alone torch takes another function, which may run
-    on one core and then has to fetch what the others have just widened; and above half a kernel's step a whole one is faster."""
-    least = 2 if torch.get_num_threads() > 1 else 1
+    """How many columns the second factor of W x^T is filled up to. For one alone torch takes another function, which but on Intel's
+    processors runs on one core and then has to fetch what the others have just widened; and above half a kernel's step a whole one is faster."""
+    least = 2 if torch.get_num_threads() > 1 and not mv_is_shared() else 1
     return max(rows, least) if rows <= STEP // 2 else -(-rows // STEP) * STEP
 
 

@@ -8,7 +8,7 @@ from torch import nn
 import k2
 from k2 import products, quantization
 from k2.checkpoint import Checkpoint, save
-from k2.compiled import Compiled, CompiledCodes, Compiler, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
+from k2.compiled import Compiled, CompiledCodes, Compiler, fp8_bfloat16_weights, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
 from k2.offload import store_of, weight_bytes
 from k2.quantization import FP8CodesLinear, fp8_dequantize, fp8_quantize
@@ -119,10 +119,12 @@ def test_a_prompts_experts_are_widened_by_the_compiled_function_to_the_same_numb
     expert, asked = Expert(256, 128), []
     expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 256, 2), fp8_linear(128, 256, 3), fp8_linear(256, 128, 4)
     monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
-    monkeypatch.setattr(products, "PANEL", 128 * 128 * 4)
+    monkeypatch.setattr(products, "panel_bytes", lambda: 128 * 128 * 4)
     x = numbers(quantization.FEW, 256, dtype=dtype)
     plain, compiler = expert(x), Compiler()
-    compiler.fp8_weights = lambda *given: asked.append(given[0].shape) or fp8_weights(*given)
+    half = arithmetic and dtype == torch.bfloat16
+    name, function = ("fp8_bfloat16_weights", fp8_bfloat16_weights) if half else ("fp8_weights", fp8_weights)
+    setattr(compiler, name, lambda *given: asked.append(given[0].shape) or function(*given))
     assert_same(compiler.form_of(expert)(x), plain, "expert")
     assert asked == [(128, 256), (128, 256), *last]
 
@@ -130,7 +132,7 @@ def test_a_prompts_experts_are_widened_by_the_compiled_function_to_the_same_numb
 def test_what_the_compiled_widening_does_not_take_goes_the_plain_way(uncompiled):
     compiler, ragged = Compiler(), fp8_linear(200, 256, 1)
     whole = ragged.weight[:128].clone()
-    compiler.fp8_weights = None  # whoever calls it fails
+    compiler.fp8_weights = compiler.fp8_bfloat16_weights = None  # whoever calls them fails
     assert_same(compiler.dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16, True), fp8_dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16), "half a block")
     whole.view(torch.uint8)[5, 7] = 0xFF
     assert compiler.dequantize(whole, ragged.weight_scale_inv[:1], torch.float32, False).isnan().nonzero().tolist() == [[5, 7]]

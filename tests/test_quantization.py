@@ -344,7 +344,7 @@ def test_a_batch_counts_with_all_its_rows_and_codes_are_looked_at_once(monkeypat
 def test_a_panel_holds_as_many_blocks_as_its_dtype_lets_it(arithmetic, blocks, monkeypatch):
     codes, scales = codes_and_scales(500, 130)
     monkeypatch.setattr(products, "has_bfloat16", lambda: arithmetic)
-    monkeypatch.setattr(products, "PANEL", 4 * 128 * 130)
+    monkeypatch.setattr(products, "panel_bytes", lambda: 4 * 128 * 130)
     asked, x = [], normal(quantization.FEW, 130).to(torch.bfloat16)
     found = quantization.fp8_many_rows_product(x, codes, scales, True, lambda code, *given: asked.append(len(code)) or fp8_dequantize(code, *given))
     assert asked[0] == 128 * blocks and sum(asked) == 500
@@ -353,9 +353,9 @@ def test_a_panel_holds_as_many_blocks_as_its_dtype_lets_it(arithmetic, blocks, m
 
 def test_a_row_alone_and_an_odd_number_of_rows_are_filled_up():
     codes, scales = codes_and_scales(200, 130)
-    for threads, one in ((1, 1), (2, 2)):
+    for threads, shared, one in ((1, False, 1), (2, False, 2), (2, True, 1)):
         shapes, real = [], torch.Tensor.__matmul__
-        with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
+        with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads), mock.patch.object(quantization, "mv_is_shared", lambda shared=shared: shared):
             assert [quantization.columns_for(rows) for rows in (1, 2, 3, 8, 9, 15, 16, 17)] == [one, 2, 3, 8, 16, 16, 16, 32]
             with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: shapes.append(tuple(b.shape)) or real(a, b)):
                 found = fp8_product(normal(1, 130), codes, scales)
@@ -424,8 +424,8 @@ def test_many_rows_meet_widened_codes_where_the_processor_has_no_bfloat16(monkey
         codes, scales = codes_and_scales(rows, columns)
         exact = fp8_dequantize(codes, scales, torch.float64)
         x = normal(2, quantization.FEW, columns).to(dtype)
-        for panel in (1, products.PANEL):
-            monkeypatch.setattr(products, "PANEL", panel)
+        for panel in (1, products.panel_bytes()):
+            monkeypatch.setattr(products, "panel_bytes", lambda panel=panel: panel)
             found = FP8CodesLinear(codes, scales)(x)
             assert found.shape == (2, quantization.FEW, rows) and found.dtype == dtype
             assert_close(found, x.double() @ exact.T, 4e-3 if dtype == torch.bfloat16 else 2e-6, f"{rows} x {columns}, panels of {panel}")

@@ -19,6 +19,8 @@ from .config import K2Config, K2Error
 from .expert import Expert
 from .router import Router
 
+SUMMED = 2**21  # numbers of the answers that are added up at a time: 8 MiB in float32
+
 
 class Experts(nn.ModuleList):
     """All experts of a layer, resident. Any other home of experts has this same `fetch`."""
@@ -57,16 +59,26 @@ class MoE(nn.Module):
         arriving = self.experts.fetch(list(counts))  # reads start here, and land while the shared expert computes
         shared_TD = self.shared_experts(x_TD)
         y_MD = self.checked(self.ask(arriving, x_TD.index_select(0, order_M // K), counts), counts)
-        y_TKD = y_MD.index_select(0, order_M.argsort()).unflatten(0, (-1, K))  # back to the tokens' order
-        # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
-        y_TD = (weights_TK.unsqueeze(-2) @ y_TKD.to(weights_TK.dtype)).squeeze(-2)
-        return (shared_TD + y_TD.to(shared_TD.dtype)).unflatten(0, leading)
+        back_TK = order_M.argsort().unflatten(0, (-1, K))  # to the tokens' order: the row of each answer
+        return (shared_TD + self.weighted_sum(y_MD, back_TK, weights_TK)).unflatten(0, leading)
 
     def ask(self, arriving, x_MD, counts: dict[int, int]):
         """Each chosen expert's answers to its own rows, (M, D) -> (M, D). counts: expert -> rows, in the rows' order."""
         rows = dict(zip(counts, x_MD.split(list(counts.values()))))
         answers = {e: expert(rows[e]) for e, expert in arriving}
         return torch.cat([answers[e] for e in counts])
+
+    def weighted_sum(self, y_MD, back_TK, weights_TK):
+        """Each token's K answers by their weights, (T, D): of some tokens at a time, as all answers in float32 would be a
+        prompt's largest tensor."""
+        some = max(1, SUMMED // (back_TK.shape[-1] * y_MD.shape[-1]))
+        sums = []
+        for rows_TK, some_TK in zip(back_TK.split(some), weights_TK.split(some)):
+            y_TKD = y_MD.index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
+            # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
+            y_TD = (some_TK.unsqueeze(-2) @ y_TKD.to(some_TK.dtype)).squeeze(-2)
+            sums.append(y_TD.to(y_MD.dtype))
+        return torch.cat(sums)
 
     def checked(self, y_MD, counts: dict[int, int]):
         """The same rows, or a K2Error that names the first expert whose answer is not finite."""

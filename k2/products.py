@@ -124,6 +124,8 @@ def panel_product(x_MI, pieces: list[slice], widened, dtype=torch.float32):
     """x W^T in x's dtype, computed in `dtype`, the matrix asked for a panel at a time: `widened(rows)`, in that dtype."""
     wide_NI, O = x_MI.flatten(0, -2).to(dtype), pieces[-1].stop
     N = len(wide_NI)
+    if len(pieces) == 1 and dtype == x_MI.dtype:
+        return F.linear(x_MI, widened(pieces[0]))
     y_NO = x_MI.new_empty(N, O)
     # Fewer rows than MANY are in float32 the second factor, W x^T, and filled up to whole steps of the kernel: 59 take longer than 64.
     few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if N < MANY and dtype == torch.float32 else None

@@ -253,17 +253,17 @@ MUTANTS = (
     ),
     Mutant(
         "scaling factor applied to the shared expert", "moe.py",
-        "return (shared_TD + y_TD.to(shared_TD.dtype))", "return (self.gate.scaling * shared_TD + y_TD.to(shared_TD.dtype))",
+        "return (shared_TD + self", "return (self.gate.scaling * shared_TD + self",
         "tests/test_moe.py::test_the_shared_expert_counts_once_and_unscaled",
     ),
     Mutant(
         "shared expert dropped", "moe.py",
-        "return (shared_TD + y_TD.to(shared_TD.dtype))", "return (y_TD.to(shared_TD.dtype))",
+        "return (shared_TD + self", "return (self",
         "tests/test_moe.py::test_the_shared_expert_counts_once_and_unscaled",
     ),
     Mutant(
         "rows left in the experts' order", "moe.py",
-        "y_MD.index_select(0, order_M.argsort())", "y_MD.index_select(0, order_M)",
+        "back_TK = order_M.argsort()", "back_TK = order_M",
         "tests/test_moe.py::test_moe_equals_the_reference_in_float64",
     ),
     Mutant(

@@ -58,14 +58,15 @@ def fp8_widened(code_OI):
 
 
 def fp8_weights(code_OI, scale_BG):
-    """fp8_dequantize to float32, for codes, seen as int8, in whole blocks and none of them NaN, (O, I)."""
+    """fp8_dequantize to float32, for codes, seen as int8, in whole blocks and none of them NaN, (O, I). The same numbers but for
+    the sign of zero, if scales lie between 2^-117 and 2^119; beyond, one or the other way loses bits or is infinite."""
     value_BLGL = fp8_widened(code_OI).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     return (value_BLGL * (scale_BG * 2.0**-9)[:, None, :, None]).flatten(2).flatten(0, 1)
 
 
 def fp8_bfloat16_weights(code_OI, scale_BG):
-    """The same in bfloat16, and a second result that nobody asks for: because of its bytes the compiler takes 16 codes at a
-    time. For bfloat16 alone it takes 32, and converts those one by one between its vectors: that took over twice as long."""
+    """The same in bfloat16, and a second result that nobody asks for: because of its bytes the compiler takes as many
+    codes at a time as a vector has float32s. For bfloat16 alone it takes twice as many, and converts them one by one: that took over twice as long."""
     return fp8_weights(code_OI, scale_BG).to(torch.bfloat16), ~code_OI
 
 
@@ -102,15 +103,16 @@ class CompiledCodes(Compiled):
     """The same for FP8 codes, unless there is a NaN among them."""
 
     def __init__(self, plain: nn.Module, function, parts: list[FP8CodesLinear]):
-        super().__init__(plain, function, [part.weight.view(torch.int8) for part in parts] + [part.weight_scale_inv for part in parts])
-        self.parts, self.weight = parts, parts[0].weight
+        super().__init__(plain, function, [part.weight for part in parts] + [part.weight_scale_inv for part in parts])
+        self.parts = parts
 
     def one_row(self, x_MI):
         """The function that stands in for the module; a NaN goes the plain way, which keeps it. x is widened here:
         with bfloat16 in it the function is compiled to a much slower one."""
         if not all(part.has_no_nan() for part in self.parts):
             return self.plain(x_MI)
-        return self.function(x_MI.flatten().float(), *self.weights).to(x_MI.dtype).view(*x_MI.shape[:-1], -1)
+        codes, scales = self.weights[: len(self.parts)], self.weights[len(self.parts) :]
+        return self.function(x_MI.flatten().float(), *(code_OI.view(torch.int8) for code_OI in codes), *scales).to(x_MI.dtype).view(*x_MI.shape[:-1], -1)
 
 
 class Compiler:
@@ -125,7 +127,7 @@ class Compiler:
         self.product, self.expert, self.logits, self.fp8_product, self.fp8_expert = (
             torch.compile(function) for function in (row_product, row_expert, row_logits, fp8_row, fp8_row_expert)
         )
-        # One for each size of panels: K2's experts have two, its dense layer a third, and torch goes up to eight.
+        # One for each size of panels: K2 has three of them, with tiles and their larger panels five; torch goes up to eight.
         self.fp8_weights, self.fp8_bfloat16_weights = (torch.compile(function, dynamic=False) for function in (fp8_weights, fp8_bfloat16_weights))
 
     def form_of(self, module: nn.Module) -> nn.Module:
@@ -151,7 +153,7 @@ class Compiler:
         return module
 
     def dequantize(self, code_OI, scale_BG, dtype, finite: bool):
-        """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers but for the sign of zero."""
+        """quantization.fp8_dequantize for a panel of a prompt's product, the same numbers: see fp8_weights."""
         if not finite or len(code_OI) % BLOCK:
             return fp8_dequantize(code_OI, scale_BG, dtype, finite)
         if dtype == torch.bfloat16:

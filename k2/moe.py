@@ -5,7 +5,7 @@
     FFN^(r)_i         experts[i]       experts.0.* ... experts.383.*
     g_i               weights_TK       -
 
-    T tokens, any batch folded in · D hidden · K chosen experts · M = T x K rows, one per token and choice
+    T tokens, any batch folded in · L of them at a time · D hidden · K chosen experts · M = T x K rows, one per token and choice
 
 The block is given its experts and does not know where they live: `experts.fetch(ids)` yields each one asked for, in
 whatever order it becomes available. Nothing below depends on that order, so the bits are the same whether an expert
@@ -69,15 +69,16 @@ class MoE(nn.Module):
         return torch.cat([answers[e] for e in counts])
 
     def weighted_sum(self, y_MD, back_TK, weights_TK):
-        """Each token's K answers by their weights, (T, D): of some tokens at a time, as all answers in float32 would be a
-        prompt's largest tensor."""
-        some = max(1, SUMMED // (back_TK.shape[-1] * y_MD.shape[-1]))
+        """Each token's K answers by their weights, (T, D): of L tokens at a time, as all answers in float32 would be a prompt's
+        largest tensor. In training of all, since the way back would fill a gradient of all answers for each part."""
+        T, K = back_TK.shape
+        L = T if y_MD.requires_grad else max(1, SUMMED // (K * y_MD.shape[-1]))
         sums = []
-        for rows_TK, some_TK in zip(back_TK.split(some), weights_TK.split(some)):
-            y_TKD = y_MD.index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
+        for rows_LK, some_LK in zip(back_TK.split(L), weights_TK.split(L)):
+            y_LKD = y_MD.index_select(0, rows_LK.flatten()).unflatten(0, rows_LK.shape)
             # One sum over K, in float32 at least: bfloat16 would round after each of the eight terms.
-            y_TD = (some_TK.unsqueeze(-2) @ y_TKD.to(some_TK.dtype)).squeeze(-2)
-            sums.append(y_TD.to(y_MD.dtype))
+            y_LD = (some_LK.unsqueeze(-2) @ y_LKD.to(some_LK.dtype)).squeeze(-2)
+            sums.append(y_LD.to(y_MD.dtype))
         return torch.cat(sums)
 
     def checked(self, y_MD, counts: dict[int, int]):

@@ -86,8 +86,9 @@ def panel_bytes() -> int:
 
 
 def panels(rows: int, columns: int, unit: int = 1, dtype=torch.float32) -> list[slice]:
-    """A matrix's rows in pieces of whole units, each of panel_bytes() at most, once widened to `dtype`."""
-    step = max(1, panel_bytes() // (dtype.itemsize * unit * columns)) * unit
+    """A matrix's rows in equal pieces of whole units, each of panel_bytes() at most, once widened to `dtype`, or of one unit."""
+    most = max(1, panel_bytes() // (dtype.itemsize * unit * columns)) * unit
+    step = -(-rows // (-(-rows // most) * unit)) * unit
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
@@ -122,13 +123,13 @@ def float32_sum(x_MI, weight_IO):
 
 def panel_product(x_MI, pieces: list[slice], widened, dtype=torch.float32):
     """x W^T in x's dtype, computed in `dtype`, the matrix asked for a panel at a time: `widened(rows)`, in that dtype."""
-    wide_NI, O = x_MI.flatten(0, -2).to(dtype), pieces[-1].stop
-    N = len(wide_NI)
-    if len(pieces) == 1 and dtype == x_MI.dtype:
+    N, O = x_MI.shape[:-1].numel(), pieces[-1].stop
+    few = N < MANY and dtype == torch.float32
+    if len(pieces) == 1 and dtype == x_MI.dtype and not few:
         return F.linear(x_MI, widened(pieces[0]))
-    y_NO = x_MI.new_empty(N, O)
+    wide_NI, y_NO = x_MI.flatten(0, -2).to(dtype), x_MI.new_empty(N, O)
     # Fewer rows than MANY are in float32 the second factor, W x^T, and filled up to whole steps of the kernel: 59 take longer than 64.
-    few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if N < MANY and dtype == torch.float32 else None
+    few_LI = F.pad(wide_NI, (0, 0, 0, -N % STEP)) if few else None
     for rows in pieces:
         y_NO[:, rows] = F.linear(wide_NI, widened(rows)) if few_LI is None else F.linear(widened(rows), few_LI)[:, :N].mT
     return y_NO.view(*x_MI.shape[:-1], O)

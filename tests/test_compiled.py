@@ -1,5 +1,7 @@
 """torch.compile is an option: the same tokens, and everything it does not take goes the plain way."""
 
+import copy
+
 import pytest
 import torch
 from small import assert_close, assert_same, numbers, random_ids, random_model, small_config
@@ -104,6 +106,17 @@ def test_codes_take_a_row_of_any_shape_and_dtype(uncompiled, dtype, limit):
     assert given == [torch.float32] * 3, "compiled for bfloat16 it is much slower"
 
 
+def test_codes_that_were_put_in_place_of_others_are_the_ones_that_compute(uncompiled):
+    first, second, x = fp8_linear(256, 384, 1), fp8_linear(256, 384, 2), numbers(1, 384, dtype=torch.float32)
+    module = Compiler().form_of(first)
+    twin = copy.deepcopy(module)
+    for of in (module, twin):
+        of.plain.weight.data = second.weight.data
+        of.plain.weight_scale_inv.data = second.weight_scale_inv.data
+        assert_close(of(x), second(x), 1e-5, "product")
+        assert of.weight.dtype == torch.float8_e4m3fn
+
+
 def test_a_nan_among_the_codes_is_kept_by_the_plain_way():
     expert = Expert(256, 128)
     expert.gate_proj, expert.up_proj, expert.down_proj = fp8_linear(128, 256, 2), fp8_linear(128, 256, 3), fp8_linear(256, 128, 4)
@@ -135,6 +148,9 @@ def test_what_the_compiled_widening_does_not_take_goes_the_plain_way(uncompiled)
     compiler.fp8_weights = compiler.fp8_bfloat16_weights = None  # whoever calls them fails
     assert_same(compiler.dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16, True), fp8_dequantize(ragged.weight, ragged.weight_scale_inv, torch.bfloat16), "half a block")
     whole.view(torch.uint8)[5, 7] = 0xFF
+    half, in_one_pass = fp8_linear(128, 256, 1), Compiler()
+    found = in_one_pass.dequantize(half.weight, half.weight_scale_inv, torch.float16, True)
+    assert_same(found, fp8_dequantize(half.weight, half.weight_scale_inv, torch.float16), "float16")
     assert compiler.dequantize(whole, ragged.weight_scale_inv[:1], torch.float32, False).isnan().nonzero().tolist() == [[5, 7]]
 
 

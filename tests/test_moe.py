@@ -5,6 +5,7 @@ import pytest
 import torch
 from small import as_float64, assert_close, assert_gradients_are_right, assert_same, numbers, numpy_weights, random_config, randomised, small_config
 
+from k2 import moe as moe_layer
 from k2 import reference
 from k2.config import K2Config, K2Error
 from k2.moe import Experts, MoE
@@ -158,3 +159,19 @@ def test_gradients_of_moe():
     x_TD = numbers(4, 4, seed=1)
     assert smallest_margin(config, weights, x_TD) > 1e-3  # the choice is piecewise constant
     assert_gradients_are_right(moe, x_TD)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_answers_added_up_a_few_tokens_at_a_time_are_the_same_to_the_bit(monkeypatch, dtype):
+    moe = MoE(small_config(), 1)
+    answers, wide = numbers(12, 40, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    back, weights = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(6, 2), numbers(6, 2, seed=1, dtype=wide)
+    right = torch.stack([(weights[t, 0] * answers[back[t, 0]].to(wide) + weights[t, 1] * answers[back[t, 1]].to(wide)) for t in range(6)])
+    whole = moe.weighted_sum(answers, back, weights)
+    assert whole.dtype == dtype
+    assert_close(whole, right, 4e-3 if dtype == torch.bfloat16 else 1e-6, "sum")
+    for most in (1, 2 * 40, 4 * 2 * 40):  # one token at a time, and four and two
+        monkeypatch.setattr(moe_layer, "SUMMED", most)
+        assert_same(moe.weighted_sum(answers, back, weights), whole, f"{most}")
+        trained = answers.clone().requires_grad_()
+        assert_same(moe.weighted_sum(trained, back, weights).detach(), whole, "training")

@@ -172,3 +172,32 @@ def test_the_way_of_a_single_row_depends_on_the_processor_and_the_size(monkeypat
         found = linear(x)
     assert ways == [way] and found.shape == (1, size // 512)
     assert_close(found, x.double() @ linear.weight.double().T, 1e-2, "product")
+
+
+@pytest.mark.parametrize(("name", "mkl", "shared"), [("Intel Xeon", True, True), ("Intel Xeon", False, False), ("AMD EPYC", True, False), ("", True, False)])
+def test_a_float32_column_is_taken_for_shared_only_where_mkl_meets_its_maker(monkeypatch, name, mkl, shared):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert products.mv_is_shared.__wrapped__() == shared
+
+
+@pytest.mark.parametrize("unit", products.MV_FROM)
+def test_panels_are_equal_whole_and_no_larger_than_the_processors(monkeypatch, unit):
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: unit)
+    assert products.panel_bytes() == products.PANEL[unit] == 2**22 * (4 if unit == "tiles" else 1)
+    for rows, columns in ((2048, 7168), (7168, 2048), (18432, 7168), (7168, 18432), (576, 7168), (200, 40), (1, 1)):
+        found = products.panels(rows, columns, 128, torch.bfloat16)
+        sizes = [piece.stop - piece.start for piece in found]
+        assert sum(sizes) == rows and [piece.start for piece in found] == [sum(sizes[:n]) for n in range(len(sizes))]
+        assert len(set(sizes[:-1])) <= 1 and max(sizes) == sizes[0] and all(size % 128 == 0 for size in sizes[:-1])
+        assert max(sizes) <= 128 or 2 * max(sizes) * columns <= products.panel_bytes()
+
+
+@pytest.mark.parametrize(("rows", "dtype", "answers"), [(64, torch.bfloat16, 1), (2, torch.bfloat16, 1), (64, torch.float32, 1), (17, torch.float32, 0)])
+def test_a_single_panels_answer_is_no_copy(monkeypatch, rows, dtype, answers):
+    x, weight, given = numbers(rows, 40, dtype=dtype), numbers(30, 40, seed=1, dtype=dtype), []
+    library = products.F.linear
+    monkeypatch.setattr(products.F, "linear", lambda *pair: given.append(library(*pair)) or given[-1])
+    found = products.panel_product(x, [slice(0, 30)], lambda piece: weight[piece], dtype)
+    assert [answer is found for answer in given] == [bool(answers)]
+    assert_close(found, x.double() @ weight.double().T, 4e-3 if dtype == torch.bfloat16 else 2e-6, "product")

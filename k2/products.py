@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PANEL = {"tiles": 2**24, "pairs": 2**22, "none": 2**22, "unknown": 2**22}  # bytes of a matrix widened at a time for many rows: what a cache holds; tiles multiply so fast that asking for a panel takes longer than fetching it
+PANEL = {"tiles": 2**24, "pairs": 2**22, "none": 2**22, "unknown": 2**22}  # bytes of a matrix widened at a time for many rows: what a cache holds; with tiles four times as much is faster
 MV_FROM = {"tiles": 2**17, "pairs": math.inf, "none": 2**21, "unknown": 2**21}  # weights from which torch.mv is faster for one row
 TWICE_FROM = 2**20  # weights from which, with products of pairs, F.linear takes less time for two rows than for one
 SOME = 8  # rows of x from which widening bfloat16 weights to float32 is worth its time
@@ -70,8 +70,8 @@ def bfloat16_unit() -> str:
 
 @functools.cache
 def mv_is_shared() -> bool:
-    """Whether a float32 matrix meets a single column on all threads. MKL, which torch on x86 computes it by, does so on
-    processors of its own maker, where it is half as fast again as two columns on two threads; on others on one thread."""
+    """Whether a float32 matrix meets a single column on all threads. MKL, which torch on x86 computes it by, did so on a
+    Xeon, where that was half as fast again as two columns on two threads, and on an AMD it took one thread: it tells its maker's processors from others."""
     return torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("Intel")
 
 

@@ -46,6 +46,7 @@ from .slots import SMALL, Bus, Slots, kernel_bytes, room_size
 TAKEN = 0.9  # of the memory that is free, where the user gives no number
 AHEAD = 2  # experts that are read on a guess while a token's attention computes; about as long as the disk then idles
 SOON = 2  # of the next layer's, while this one's last experts compute
+RISING = 2  # experts on their way from RAM to a device before the first of them computes; each that has computed is followed by one more
 
 
 @dataclass
@@ -126,11 +127,12 @@ class ExpertStore:
         self.statistics.hits += len(ready) + len(below)
         self.statistics.misses += len(coming) + len(missing)
         self.start_reading(missing, coming)
-        for key in below:
-            self.lift(key)
+        rising = deque(below)
+        for _ in range(RISING):
+            self.lift_next(rising)
         if self.soon and not missing:
             self.ahead(*self.soon)
-        arriving = self.arriving(ready + below, missing, coming)
+        arriving = self.arriving(ready + below, rising, missing, coming)
         self.handing_out = weakref.ref(arriving)
         return arriving
 
@@ -217,13 +219,16 @@ class ExpertStore:
             self.ram.forget(key)
             raise
 
-    def arriving(self, hits: list[Key], missing: deque, coming: deque):
+    def arriving(self, hits: list[Key], rising: deque, missing: deque, coming: deque):
         """Yield the hits, then each miss as it lands, in the order in which they are read. An expert may be used until
         the next one is asked for: only then is its slot let go. However this ends, only what is being read is held."""
         try:
             for key in hits:
+                if rising and rising[0] == key:  # no slot above was free for it before its turn
+                    rising.popleft()
                 yield key[1], self.expert(key)
                 self.release(key)
+                self.lift_next(rising)
                 self.start_reading(missing, coming)
             while coming or missing:
                 if not coming:
@@ -256,6 +261,13 @@ class ExpertStore:
         """Let its slots be given to others."""
         self.ram.held.discard(key)
         self.upper.held.discard(key)
+
+    @whole
+    def lift_next(self, rising: deque):
+        """Start copying up the first of those that lie in RAM, while what was copied before computes. Never the second
+        before it, which would take the slot that the first waits for."""
+        if rising and self.lift(rising[0]):
+            rising.popleft()
 
     def lift(self, key: Key) -> bool:
         """Start copying an expert up, unless every slot there is held."""

@@ -23,13 +23,14 @@ BLOCK = 128
 GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
+HALVES = 2.0**8  # what fp8_halves leaves out
 FEW = 16  # rows of x from which widening the weights is worth its time
 PIECE = 2**19  # weights that a CPU widens at a time, at most: 1 MiB of float16
 LARGE_PIECE = 2**24  # the same for a GPU, which takes longer to be asked than to widen fewer
 
 
 def fp8_halves(code_OI):
-    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see by_column. A NaN comes out as 480.
+    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see HALVES. A NaN comes out as 480.
 
     On the CPU torch's own cast takes codes one by one, at half a gigabyte a second and less. Shifted by 7 bits an e4m3
     code is already a float16, sign and exponent and fraction in place, its smallest numbers too; only the exponent's
@@ -62,9 +63,14 @@ def pieces(rows: int, columns: int, most: int) -> list[slice]:
     return [slice(begin, end) for begin, end in zip(starts, [*starts[1:], rows])]
 
 
+def blocks_of(rows: slice) -> slice:
+    """The block rows that a piece lies in: one, or several whole ones."""
+    return slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
+
+
 def by_column(scale_BG, columns: int):
-    """Each block's scale once for every column, times the 2^8 that fp8_halves leaves out, (B, I)."""
-    return (scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=1)[:, :columns]
+    """Each block's scale once for every column, (B, I)."""
+    return scale_BG.repeat_interleave(BLOCK, dim=1)[:, :columns]
 
 
 def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False):
@@ -72,15 +78,27 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
 
     `finite` says that no code is NaN, and spares the looking.
     """
+    if code_OI.device.type != "cpu":
+        return fp8_cast(code_OI, scale_BG, dtype)
     some_nan = not finite and fp8_has_nan(code_OI)
-    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
-    scale_BI = by_column(scale_BG, code_OI.shape[1])
-    for rows in pieces(*code_OI.shape, PIECE if code_OI.device.type == "cpu" else LARGE_PIECE):
-        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))  # one, or several whole ones
-        value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (blocks.stop - blocks.start, -1))
-        weight_OI[rows] = value_NLI.mul_(scale_BI[blocks].unsqueeze(1)).flatten(0, 1)
+    weight_OI = torch.empty(code_OI.shape, dtype=dtype)
+    scale_BI = by_column(scale_BG * HALVES, code_OI.shape[1])
+    for rows in pieces(*code_OI.shape, PIECE):
+        value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (len(scale_BI[blocks_of(rows)]), -1))
+        weight_OI[rows] = value_NLI.mul_(scale_BI[blocks_of(rows)].unsqueeze(1)).flatten(0, 1)
         if some_nan:
             weight_OI[rows].masked_fill_(fp8_is_nan(code_OI[rows]), torch.nan)
+    return weight_OI
+
+
+def fp8_cast(code_OI, scale_BG, dtype):
+    """The same numbers by torch's own cast, which a GPU makes at the speed of its memory. Every code is a bfloat16, a NaN too; from
+    there one pass scales in float32 and rounds to `dtype`, so that 7 bytes are moved for a weight in bfloat16."""
+    weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
+    scale_BI = by_column(scale_BG.float(), code_OI.shape[1])
+    for rows in pieces(*code_OI.shape, LARGE_PIECE):
+        value_NLI, weight_NLI = (x_OI.unflatten(0, (len(scale_BI[blocks_of(rows)]), -1)) for x_OI in (code_OI[rows].bfloat16(), weight_OI[rows]))
+        torch.mul(value_NLI, scale_BI[blocks_of(rows)].unsqueeze(1), out=weight_NLI)
     return weight_OI
 
 
@@ -92,7 +110,7 @@ def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
     """
     wide = torch.promote_types(x_MI.dtype, torch.float32)
     x_CI = F.pad(x_MI.to(wide).contiguous(), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
-    x_BIC = (x_CI * by_column(scale_BG.to(wide), code_OI.shape[1]).unsqueeze(1)).mT
+    x_BIC = (x_CI * by_column(scale_BG.to(wide) * HALVES, code_OI.shape[1]).unsqueeze(1)).mT
     one_block = pieces(*code_OI.shape, min(PIECE, BLOCK * code_OI.shape[1]))
     y_OM = torch.cat([fp8_halves(code_OI[rows]).to(wide) @ x_BIC[rows.start // BLOCK] for rows in one_block])[:, : len(x_MI)]
     if not finite and fp8_has_nan(code_OI):
@@ -115,7 +133,7 @@ def fp8_many_rows_product(x_MI, code_OI, scale_BG, finite: bool = False, dequant
         return F.linear(x_MI, fp8_dequantize(code_OI, scale_BG, dtype, finite))
 
     def widened(rows):
-        return dequantize(code_OI[rows], scale_BG[rows.start // BLOCK : -(-rows.stop // BLOCK)], dtype, finite)
+        return dequantize(code_OI[rows], scale_BG[blocks_of(rows)], dtype, finite)
 
     return panel_product(x_MI, panels(*code_OI.shape, BLOCK, dtype), widened, dtype)
 
@@ -131,11 +149,12 @@ def fp8_quantize(weight_OI):
 
 
 def int4_unpack(packed_OU):
-    """The integers -8 ... 7 of packed words, int32 (O, I). The nibble holds value + 8, and the first input lies lowest.
+    """The integers -8 ... 7 of packed words, int8 (O, I). The nibble holds value + 8, and the first input lies lowest.
 
     Not two's complement: reading it so turns small weights into large ones of the wrong sign.
     """
-    return ((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) - 8).flatten(-2)
+    byte_OL = packed_OU.view(torch.uint8)  # a word's four, the lowest first, two inputs in each
+    return (torch.stack((byte_OL & 15, byte_OL >> 4), dim=-1).view(torch.int8) - 8).flatten(-2)
 
 
 def nibble_shifts(device):
@@ -145,8 +164,9 @@ def nibble_shifts(device):
 
 def int4_dequantize(packed_OU, scale_OG, dtype=torch.float32):
     """integer x the scale of its group of 32 inputs, in float32, then rounded once to `dtype`; (O, I)."""
-    value_OI = int4_unpack(packed_OU).float()
-    return (value_OI.unflatten(-1, (-1, GROUP)) * scale_OG.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    value_OGL = int4_unpack(packed_OU).unflatten(-1, (-1, GROUP))
+    weight_OGL = torch.empty(value_OGL.shape, dtype=dtype, device=packed_OU.device)
+    return torch.mul(value_OGL, scale_OG.float().unsqueeze(-1), out=weight_OGL).flatten(-2)
 
 
 def int4_quantize(weight_OI):
@@ -241,7 +261,7 @@ def int4_kernel_order(packed_OU):
     a small matrix says so, bytes are moved directly, seven times as fast.
     """
     if len(packed_OU) % KERNEL_ROWS or not kernel_order_is_known():
-        return torch._convert_weight_to_int4pack_for_cpu(int4_unpack(packed_OU) + 8, 1)
+        return torch._convert_weight_to_int4pack_for_cpu(int4_unpack(packed_OU).int() + 8, 1)
     return reordered_nibbles(packed_OU)
 
 
@@ -258,4 +278,4 @@ def reordered_nibbles(packed_OU):
 def kernel_order_is_known() -> bool:
     """True if torch's converter makes, on this machine, what `reordered_nibbles` makes."""
     words_OU = torch.randint(-(2**31), 2**31 - 1, (2 * KERNEL_ROWS, 12), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    return torch.equal(torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words_OU) + 8, 1), reordered_nibbles(words_OU))
+    return torch.equal(torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words_OU).int() + 8, 1), reordered_nibbles(words_OU))

@@ -101,10 +101,10 @@ class Bus:
     while others compute. On a CPU, which stands in for a device in the tests, it is two copies."""
 
     def __init__(self, size: int, device: torch.device, rooms: int = 3):
-        self.cuda = device.type == "cuda"
-        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda) for _ in range(rooms)]
+        on_gpu = device.type != "cpu"
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(rooms)]
         self.left: list = [None] * rooms  # when each room's last load had left it
-        self.stream, self.turn = torch.cuda.Stream(device) if self.cuda else None, 0
+        self.stream, self.turn = torch.cuda.Stream(device) if on_gpu else None, 0
 
     def carry(self, source, target):
         """Start a copy; what `arrived` waits for. The target may still be read by what was started before."""
@@ -112,7 +112,7 @@ class Bus:
         if self.left[turn]:
             self.left[turn].synchronize()
         self.pinned[turn].copy_(source)
-        if not self.cuda:
+        if not self.stream:
             target.copy_(self.pinned[turn])
             return None
         self.stream.wait_stream(torch.cuda.current_stream())

@@ -279,7 +279,7 @@ MUTANTS = (
     # ---- stored formats ----
     Mutant(
         "FP8 scales transposed", "quantization.py",
-        "(scale_BG * 2.0**8).repeat_interleave(BLOCK, dim=1)", "(scale_BG.mT.reshape(scale_BG.shape) * 2.0**8).repeat_interleave(BLOCK, dim=1)",
+        "return scale_BG.repeat_interleave(BLOCK, dim=1)", "return scale_BG.mT.reshape(scale_BG.shape).repeat_interleave(BLOCK, dim=1)",
         "tests/test_quantization.py::test_a_scale_touches_its_own_block_and_no_other",
     ),
     Mutant(
@@ -289,13 +289,13 @@ MUTANTS = (
     ),
     Mutant(
         "ragged last block misread: rows shared out evenly", "quantization.py",
-        "value_NLI.mul_(scale_BI[blocks].unsqueeze(1)).flatten(0, 1)",
+        "value_NLI.mul_(scale_BI[blocks_of(rows)].unsqueeze(1)).flatten(0, 1)",
         "value_NLI.flatten(0, 1).mul_(scale_BI[torch.arange(rows.start, rows.stop) * len(scale_BI) // len(code_OI)])",
         "tests/test_quantization.py::test_dequantisation_is_the_plain_double_loop_bit_for_bit",
     ),
     Mutant(
         "INT4 nibbles read as two's complement", "quantization.py",
-        "((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) - 8)", "(((packed_OU.unsqueeze(-1) >> nibble_shifts(packed_OU.device) & 15) + 8) % 16 - 8)",
+        ".view(torch.int8) - 8)", ".view(torch.int8) ^ 8).sub_(8)",
         "tests/test_quantization.py::test_the_nibble_is_offset_binary_and_not_twos_complement",
     ),
     # ---- the expert store ----

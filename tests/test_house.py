@@ -20,7 +20,7 @@ HOMES = {
     "tokenizers": ["tokenizer"], "transformers": ["beside", "compare", "training/speed"],
 }  # fmt: skip
 # Tests of more than one module, or of none.
-OTHER_TESTS = """properties house command_line bad_input mini lessons hunt exam released_layout mutants hostile_checkpoints site translation
+OTHER_TESTS = """properties house command_line bad_input mini lessons hunt exam released_layout mutants hostile_checkpoints site translation pretended_gpu
     oracle_transformers oracle_tiktoken oracle_chat oracle_reply oracle_constraint""".split()
 BRANCHES = (ast.If, ast.IfExp, ast.Match, ast.While)
 

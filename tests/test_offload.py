@@ -92,6 +92,24 @@ def test_an_expert_above_needs_no_slot_below(fp8):
     assert store.statistics.misses == 5 and store.statistics.hits == 10
 
 
+def test_while_an_expert_computes_the_one_after_the_next_is_on_its_way_up(fp8):
+    _, store = with_slots(fp8, 22, upper=9)
+    list(store.fetch(1, list(range(8))))  # read, and lifted
+    list(store.fetch(2, list(range(9))))  # in the slots above now, in place of the others
+    lifted, before = [], store.statistics.lifted
+    for _, _ in store.fetch(1, list(range(8))):
+        lifted.append(store.statistics.lifted - before)
+    assert lifted == [2, 3, 4, 5, 6, 7, 8, 8], "two ahead, then one more for each that has computed"
+    assert not store.crossing and not store.ram.held and not store.upper.held
+
+
+def test_where_every_slot_above_is_in_use_an_expert_rises_when_its_turn_comes(fp8):
+    _, store = with_slots(fp8, 22, upper=1)
+    list(store.fetch(1, list(range(5))))
+    assert [e for e, _ in store.fetch(1, [4, 0, 1, 2])] == [4, 0, 1, 2] and store.statistics.lifted == 5 + 3
+    assert not store.crossing and not store.ram.held and not store.upper.held
+
+
 def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
     expected = logits_and_text(checkpoint.load(fp8, dtype=None))
     plain, dice = reading.Shards.read, random.Random(0)
@@ -107,19 +125,22 @@ def test_readers_and_delays_change_no_bit(fp8, monkeypatch):
         assert found[2] == expected[2]
 
 
-def test_hundreds_of_random_requests_get_the_right_experts_and_never_more_slots(fp8):
-    model, store = with_slots(fp8, 7, upper=3)
+@pytest.mark.parametrize("count, upper", [(7, 3), (2, 1), (22, 2), (9, 6)])
+def test_hundreds_of_random_requests_get_the_right_experts_and_never_more_slots(fp8, count, upper):
+    _, store = with_slots(fp8, count, upper=upper)
     resident, dice = checkpoint.load(fp8, dtype=None), random.Random(1)
     x_MD = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = {(i, e): resident.model.layers[i].mlp.experts[e](x_MD) for i in (1, 2) for e in range(11)}
     for _ in range(400):
-        layer, ids = dice.choice((1, 2)), sorted(dice.sample(range(11), dice.choice((1, 1, 2, 3, 4))))
+        layer, ids = dice.choice((1, 2)), dice.sample(range(11), dice.choice((1, 1, 2, 3, 4, 8)))
+        if dice.random() < 0.3:
+            store.ahead(layer, dice.sample(range(11), 3), 2)
         found = {}
         for e, expert in store.fetch(layer, ids):
-            for tier, count in ((store.ram, 7), (store.upper, 3)):
-                assert len(tier.slot_of) <= count and len(set(tier.slot_of.values())) == len(tier.slot_of)
+            for tier, most in ((store.ram, count), (store.upper, upper)):
+                assert len(tier.slot_of) <= most and len(set(tier.slot_of.values())) == len(tier.slot_of)
             found[e] = expert(x_MD)
-        assert sorted(found) == ids and all(torch.equal(found[e], expected[layer, e]) for e in ids), f"layer {layer}, experts {ids}"
+        assert sorted(found) == sorted(ids) and all(torch.equal(found[e], expected[layer, e]) for e in ids), f"layer {layer}, experts {ids}"
     statistics = store.statistics
     assert statistics.hits > 0 and statistics.misses > 0 and statistics.bytes_read >= statistics.misses * 3 * 64 * 32
 
@@ -496,7 +517,7 @@ def test_what_was_called_off_and_is_asked_for_all_the_same_is_read_again_whole(f
 def test_right_guesses_come_in_the_order_in_which_they_are_read(fp8):
     _, store = with_slots(fp8, 8, readers=1)
     store.ahead(1, [7, 2, 5], 3)
-    with_nothing_landed = store.arriving(deque(), deque(), deque(store.reading))
+    with_nothing_landed = store.arriving([], deque(), deque(), deque(store.reading))
     assert [e for e, _ in with_nothing_landed] == [7, 2, 5]
     store.ahead(2, [7, 2, 5], 3)
     assert [e for e, _ in store.fetch(2, [2, 5, 6, 7])][-1] == 6

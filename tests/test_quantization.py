@@ -16,6 +16,7 @@ from k2.quantization import (
     FP8Linear,
     INT4KernelLinear,
     INT4Linear,
+    fp8_cast,
     fp8_dequantize,
     fp8_halves,
     fp8_product,
@@ -81,8 +82,8 @@ def test_the_sign_of_zero_survives():
 def test_a_nan_code_stays_nan_and_its_neighbours_do_not():
     codes, scales = codes_and_scales(130, 140)
     codes.view(torch.uint8)[129, 7] = 0xFF
-    weight = fp8_dequantize(codes, scales)
-    assert weight.isnan().nonzero().tolist() == [[129, 7]]
+    for widened in (fp8_dequantize, fp8_cast):
+        assert widened(codes, scales, torch.float32).isnan().nonzero().tolist() == [[129, 7]]
 
 
 @pytest.mark.parametrize("rows, columns", RAGGED)
@@ -92,6 +93,19 @@ def test_dequantisation_is_the_plain_double_loop_bit_for_bit(rows, columns):
     assert_same(fp8_dequantize(codes, scales), expected, "float32")
     assert_same(fp8_dequantize(codes, scales, torch.float64), expected.double(), "float64")
     assert_same(fp8_dequantize(codes, scales, torch.bfloat16), expected.bfloat16(), "bfloat16, rounded once")
+
+
+@pytest.mark.parametrize("large", [2**24, 2**14])
+@pytest.mark.parametrize("rows, columns", [*RAGGED, (576, 200)])
+def test_what_a_gpu_takes_gives_the_same_numbers(rows, columns, large, monkeypatch):
+    monkeypatch.setattr(quantization, "LARGE_PIECE", large)  # a GPU's in one go, or smaller than some of these matrices
+    codes, scales = codes_and_scales(rows, columns)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert_same(fp8_cast(codes, scales, dtype), fp8_dequantize(codes, scales, dtype), f"{dtype}")
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[None]
+    for scale in (2.0**-117, 1e-4, 127.99999):
+        found, expected = (widened(every, torch.tensor([[scale, scale]]), torch.float32) for widened in (fp8_cast, fp8_dequantize))
+        assert torch.equal(found.nan_to_num(9e9), expected.nan_to_num(9e9)), scale
 
 
 def test_scales_from_the_smallest_to_the_limit_are_exact():
@@ -197,7 +211,7 @@ def test_int4_quantisation_rounds_to_nearest_and_maps_each_groups_largest_to_7()
     words, scales = int4_quantize(weight)
     assert words.dtype == torch.int32 and words.shape == (6, 12) and scales.dtype == torch.bfloat16 and scales.shape == (6, 3)
     values, groups = int4_unpack(words).unflatten(-1, (-1, 32)), weight.unflatten(-1, (-1, 32))
-    assert_same(values.abs().amax(-1), torch.full((6, 3), 7, dtype=torch.int32), "largest")
+    assert_same(values.abs().amax(-1), torch.full((6, 3), 7, dtype=torch.int8), "largest")
     assert_same(scales, (groups.abs().amax(-1) / 7).bfloat16(), "scales")
     off = float((values - groups / scales.float().unsqueeze(-1)).abs().max())
     assert off <= 0.5, f"a value was rounded by {off}"
@@ -212,7 +226,7 @@ def test_packing_what_was_unpacked_gives_the_same_bits():
     values[:, ::32] = 7  # a group without its 7 would get another scale
     values.clamp_(-7, 7)
     words, _ = int4_quantize(values.float())
-    assert_same(int4_unpack(words), values.to(torch.int32), "integers with scale 1")
+    assert_same(int4_unpack(words), values.to(torch.int8), "integers with scale 1")
 
 
 def test_a_group_of_zeros_stays_zero():
@@ -460,7 +474,7 @@ def test_torchs_int4_kernel_gives_the_dequantised_product(rows, columns, dtype, 
 
 def test_the_kernels_order_is_torchs_own():
     _, words, _ = random_int4(128, 64)
-    theirs = torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words) + 8, 1)
+    theirs = torch._convert_weight_to_int4pack_for_cpu(int4_unpack(words).int() + 8, 1)
     assert_same(int4_kernel_order(words), theirs, "by whichever way this machine takes")
 
 

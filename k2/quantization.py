@@ -25,7 +25,7 @@ NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 HALVES = 2.0**8  # what fp8_halves leaves out
 FEW = 16  # rows of x from which widening the weights is worth its time
-PIECE = 2**19  # weights that a CPU widens at a time, at most: 1 MiB of float16
+PIECE = 2**20  # weights that a CPU widens at a time, at most: 2 MiB of float16
 LARGE_PIECE = 2**24  # the same for a GPU, which takes longer to be asked than to widen fewer
 
 
@@ -111,8 +111,12 @@ def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
     wide = torch.promote_types(x_MI.dtype, torch.float32)
     x_CI = F.pad(x_MI.to(wide).contiguous(), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
     x_BIC = (x_CI * by_column(scale_BG.to(wide) * HALVES, code_OI.shape[1]).unsqueeze(1)).mT
-    one_block = pieces(*code_OI.shape, min(PIECE, BLOCK * code_OI.shape[1]))
-    y_OM = torch.cat([fp8_halves(code_OI[rows]).to(wide) @ x_BIC[rows.start // BLOCK] for rows in one_block])[:, : len(x_MI)]
+    products = []
+    for rows in pieces(*code_OI.shape, PIECE):
+        some_NIC = x_BIC[blocks_of(rows)]
+        value_NLI = fp8_halves(code_OI[rows]).to(wide).unflatten(0, (len(some_NIC), -1))
+        products.append((value_NLI.squeeze(0) @ some_NIC.squeeze(0)).flatten(0, -2))  # a block alone is no batch
+    y_OM = torch.cat(products)[:, : len(x_MI)]
     if not finite and fp8_has_nan(code_OI):
         y_OM = y_OM.masked_fill(fp8_is_nan(code_OI).any(-1, keepdim=True), torch.nan)
     return y_OM.to(x_MI.dtype).mT.contiguous()

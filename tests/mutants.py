@@ -316,7 +316,7 @@ MUTANTS = (
     ),
     Mutant(
         "few rows: every block of rows scaled as the first", "quantization.py",
-        "@ x_BIC[rows.start // BLOCK] for", "@ x_BIC[0] for",
+        "some_NIC = x_BIC[blocks_of(rows)]", "some_NIC = x_BIC[:1].expand(len(x_BIC[blocks_of(rows)]), -1, -1)",
         "tests/test_quantization.py::test_few_rows_meet_the_codes_and_get_the_dequantised_product",
     ),
     Mutant(

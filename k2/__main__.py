@@ -643,7 +643,7 @@ def run_bench(options):
     elif options.context:
         print(bench.context_table(bench.long_context(options.directory, options.context, options.dtype)))
     elif options.beside:
-        beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile)
+        beside.compare_checkpoint(Path(options.directory), options.prompt, options.new, options.rounds, options.compile, options.dtype)
     else:
         print_budgets(options)
 

@@ -46,11 +46,12 @@ def bench(mini: Path, prompt: int = 512, new: int = 64, rounds: int = 3):
             compare(name, directory, min(prompt, longest), new, rounds)
 
 
-def compare_checkpoint(directory: Path, prompt: int, new: int, rounds: int, compiled: bool):
-    """The same for one checkpoint of unquantised weights, in its own dtype; `compiled` adds this project with torch.compile."""
+def compare_checkpoint(directory: Path, prompt: int, new: int, rounds: int, compiled: bool, dtype: str = "auto"):
+    """The same for one checkpoint of unquantised weights, in its own dtype ("auto", "stored") or another; `compiled` adds this
+    project with torch.compile."""
     if Checkpoint(directory).config.weight_format != "plain":
         raise K2Error(f"{directory}: quantised weights; expected bfloat16 or float32 ones, since transformers widens others at load. Write some: python -m k2 bench --write mid --format bf16 --out DIR")
-    compare(directory.name, directory, prompt, new, rounds, "auto", compiled)
+    compare(directory.name, directory, prompt, new, rounds, "auto" if dtype == "stored" else dtype, compiled)
 
 
 def random_model(like: K2Config) -> K2:
@@ -84,7 +85,7 @@ def agreement(texts: list[list[int]], dtype: str) -> str:
     same = next((n for n, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), len(texts[0]))
     if same == len(texts[0]):
         return "yes"
-    why = " (each rounds bfloat16 at other places, and random weights have many near ties; `python -m k2 bench` compares float32)" if dtype == "bfloat16" else ""
+    why = " (each rounds bfloat16 at other places, and random weights have many near ties; with --dtype float32 both must choose the same)" if dtype == "bfloat16" else ""
     return f"NO, they part after {same} of {len(texts[0])}{why}"
 
 

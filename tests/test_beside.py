@@ -7,6 +7,7 @@ import torch
 from small import random_model, small_config
 
 from k2 import K2Error, beside
+from k2.__main__ import main
 from k2.checkpoint import DTYPES, save
 
 
@@ -52,6 +53,14 @@ def test_tokens_that_differ_are_shouted(directory, monkeypatch, capsys, dtype, w
     assert "logits behind the prompt apart from transformers' by 5.0e-01 of their spread" in printed
     assert f"same greedy tokens: NO, they part after 0 of 1{why}" in printed and ("at other places" in printed) == bool(why)
     assert "k2: decode 2.00 times transformers (2.00 to 2.00)" in printed
+
+
+@pytest.mark.parametrize("asked, told", [([], "auto"), (["--dtype", "stored"], "auto"), (["--dtype", "float32"], "float32")])
+def test_a_checkpoint_is_compared_in_the_dtype_that_was_asked_for(directory, monkeypatch, asked, told):
+    told_of = []
+    monkeypatch.setattr(beside, "compare", lambda *given: told_of.append(given))
+    assert main(["bench", str(directory), "--beside", "--rounds", "2", *asked]) == 0
+    assert told_of == [(directory.name, directory, 512, 32, 2, told, False)]
 
 
 def test_an_engine_that_fails_is_named(tmp_path):

@@ -590,6 +590,7 @@ def add_bench(commands):
     sub.add_argument("--new", type=int, default=32, metavar="N", help="tokens decoded (default: 32)")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
     sub.add_argument("--json", action="store_true", help="all figures as JSON instead of a table")
+    sub.add_argument("--profile", action="store_true", help="where the time of a decoded token goes instead, by operation")
     sub.add_argument("--beside", action="store_true", help="DIR in turn with transformers instead")
     sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
     sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
@@ -667,6 +668,10 @@ def print_budgets(options):
         raise K2Error(f"{options.directory}: expected a checkpoint directory, found {'a file' if os.path.exists(options.directory) else 'nothing'}. Give the folder that holds config.json.")
     settings = {name: getattr(options, name) for name in ("device", "dtype", "prompt", "new")}
     settings |= {"gpu_memory": parse_size(options.gpu_memory), "compiled": options.compile}
+    if options.profile:
+        found = bench.profile(options.directory, settings | {"ram": parse_size(options.ram[0])})
+        print(json.dumps(found) if options.json else bench.profile_table(found))
+        return
     result = bench.bench(options.directory, [parse_size(size) for size in options.ram], settings, options.rounds)
     print(json.dumps(result) if options.json else bench.table(result))
 

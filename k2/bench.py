@@ -6,6 +6,7 @@ bytes it moved per second over that ceiling.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -147,6 +148,34 @@ def context_table(rows: list[dict]) -> str:
     """The rows in words."""
     lines = [f"{'context':>9}{'token s':>10}{'chunk s':>10}{'cache MB':>10}{'peak MB':>10}"]
     return "\n".join(lines + [f"{row['length']:>9}{row['token']:>10.4f}{row['chunk']:>10.3f}{row['cache'] / 1e6:>10.1f}{row['peak']:>10.0f}" for row in rows])
+
+
+def profile(directory, settings: dict) -> dict:
+    """Where the time of a decoded token goes, in this process: {seconds, in operations, waited for the disk, rows}, a row being an
+    operation of torch and its seconds and calls a token, without those that it calls itself. Watching costs some time too."""
+    model = load(directory, settings["device"], DTYPES[settings["dtype"]], settings["gpu_memory"], settings["ram"], compiled=settings["compiled"])
+    ids = torch.randint(0, min(4096, model.config.vocab_size), (settings["prompt"],), generator=torch.Generator().manual_seed(1)).tolist()
+    _, _, cache, i = timed_prefill(model, ids, store_of(model))
+    for _ in range(WARM_UP):
+        i = int(decode(model, i, cache).argmax())
+    before = moved_by(store_of(model))["seconds_waited"]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else tells stderr when it starts and stops
+    with torch.autograd.profiler.profile() as watched:
+        started = time.perf_counter()
+        for _ in range(settings["new"]):
+            i = int(decode(model, i, cache).argmax())
+        seconds = time.perf_counter() - started
+    rows = [{"name": row.key.removeprefix("aten::"), "seconds": row.self_cpu_time_total / 1e6 / settings["new"], "calls": row.count / settings["new"]} for row in watched.key_averages()]
+    waited = (moved_by(store_of(model))["seconds_waited"] - before) / settings["new"]
+    return {"seconds": seconds / settings["new"], "operations": sum(row["seconds"] for row in rows), "waited": waited, "rows": sorted(rows, key=lambda row: -row["seconds"])}
+
+
+def profile_table(found: dict, most: int = 12) -> str:
+    """The same in words, the dearest operations first."""
+    between = found["seconds"] - found["operations"] - found["waited"]
+    lines = [f"a decoded token: {1e3 * found['seconds']:.1f} ms, of which {1e3 * found['operations']:.1f} in torch's operations, {1e3 * found['waited']:.1f} waiting for the disk, {1e3 * between:.1f} between them (Python)",
+             f"{'operation':46}{'ms':>8}{'calls':>8}{'us each':>9}"]  # fmt: skip
+    return "\n".join(lines + [f"{row['name'][:45]:46}{1e3 * row['seconds']:>8.2f}{row['calls']:>8.0f}{1e6 * row['seconds'] / row['calls']:>9.1f}" for row in found["rows"][:most]])
 
 
 def timed_prefill(model, ids: list[int], store):

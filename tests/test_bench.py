@@ -58,6 +58,22 @@ def test_a_child_that_fails_is_quoted(tmp_path):
         bench.run_child(tmp_path / "nothing", {**SETTINGS, "ram": None})
 
 
+@pytest.mark.parametrize("ram", [[], ["--ram", "200KB"]])
+def test_a_profile_shows_where_a_tokens_time_goes(directory, capfd, ram):
+    asked = ["bench", str(directory), "--profile", "--dtype", "stored", "--prompt", "20", "--new", "3", *ram]
+    assert main([*asked, "--json"]) == 0
+    said, errors = capfd.readouterr()
+    found = json.loads(said)
+    assert errors == "", "torch's profiler speaks"
+    calls = {row["name"]: row["calls"] for row in found["rows"]}
+    assert calls["mm"] > 3 * 10 and calls["topk"] >= 2 and calls["silu"] == 1 + 2 * (1 + 4), "one dense layer, two of a shared and four chosen experts"
+    assert 0 < found["operations"] + found["waited"] < found["seconds"] and (found["waited"] > 0) == bool(ram)
+    assert found["rows"] == sorted(found["rows"], key=lambda row: -row["seconds"])
+    assert main(asked) == 0
+    said = capfd.readouterr().out
+    assert said.startswith("a decoded token: ") and "waiting for the disk" in said and len(said.splitlines()) == 2 + 12
+
+
 def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, capsys):
     assert main(["bench", str(directory), "--new", "0"]) == 2
     assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2

@@ -85,7 +85,7 @@ def agreement(texts: list[list[int]], dtype: str) -> str:
     same = next((n for n, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), len(texts[0]))
     if same == len(texts[0]):
         return "yes"
-    why = " (each rounds bfloat16 at other places, and random weights have many near ties; with --dtype float32 both must choose the same)" if dtype == "bfloat16" else ""
+    why = " (each rounds bfloat16 at other places, and random weights have many near ties; with --dtype float32 both should choose the same)" if dtype == "bfloat16" else ""
     return f"NO, they part after {same} of {len(texts[0])}{why}"
 
 
@@ -118,7 +118,7 @@ def failure(engine: str, said: str) -> K2Error:
 def child(engine: str, directory: str, prompt: int, new: int, dtype) -> dict:
     """Load, read a little to warm up, then measure prefill and decode a few times: the medians, as machines hiccup."""
     started = time.perf_counter()
-    begin = {"k2": ours, "compiled": ours_compiled, "transformers": theirs}[engine](directory, dtype)
+    begin, computes = {"k2": ours, "compiled": ours_compiled, "transformers": theirs}[engine](directory, dtype)
     loaded = time.perf_counter()
     ids = torch.randint(0, 4096, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     begin(ids[:64])
@@ -134,18 +134,18 @@ def child(engine: str, directory: str, prompt: int, new: int, dtype) -> dict:
         seconds["decode"].append(time.perf_counter() - after)
     first = median(seconds["prefill"])
     return {"load": loaded - started, "first": first, "prefill": prompt / first, "decode": new / median(seconds["decode"]),
-            "peak": peak_megabytes(), "ids": chosen, "logits": logits_W[:LOGITS].tolist(), "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+            "peak": peak_megabytes(), "ids": chosen, "logits": logits_W[:LOGITS].tolist(), "dtype": str(computes).removeprefix("torch.")}  # fmt: skip
 
 
 def ours(directory: str, dtype, compiled: bool = False):
-    """begin(ids) -> (logits (W,) behind them, step), with step(id) -> next id; this project."""
+    """(begin, the dtype that it computes in), with begin(ids) -> (logits (W,) behind them, step) and step(id) -> next id; this project."""
     model = load(directory, dtype=dtype, compiled=compiled)
 
     def begin(ids):
         cache = LatentCache(model.config)
         return prefill(model, ids, cache), lambda i: int(decode(model, i, cache).argmax())
 
-    return begin
+    return begin, model.lm_head.weight.dtype
 
 
 def ours_compiled(directory: str, dtype):
@@ -170,4 +170,4 @@ def theirs(directory: str, dtype):
         cache = transformers.DynamicCache()
         return run(ids, cache), lambda i: int(run([i], cache).argmax())
 
-    return begin
+    return begin, model.lm_head.weight.dtype

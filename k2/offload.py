@@ -46,7 +46,7 @@ from .slots import SMALL, Bus, Slots, kernel_bytes, room_size
 TAKEN = 0.9  # of the memory that is free, where the user gives no number
 AHEAD = 2  # experts that are read on a guess while a token's attention computes; about as long as the disk then idles
 SOON = 2  # of the next layer's, while this one's last experts compute
-RISING = 2  # experts on their way from RAM to a device before the first of them computes; each that has computed is followed by one more
+RISING = 2  # experts sent from RAM to a device before any computes; each that was handed out is followed by one more
 
 
 @dataclass
@@ -224,8 +224,6 @@ class ExpertStore:
         the next one is asked for: only then is its slot let go. However this ends, only what is being read is held."""
         try:
             for key in hits:
-                if rising and rising[0] == key:  # no slot above was free for it before its turn
-                    rising.popleft()
                 yield key[1], self.expert(key)
                 self.release(key)
                 self.lift_next(rising)
@@ -264,8 +262,8 @@ class ExpertStore:
 
     @whole
     def lift_next(self, rising: deque):
-        """Start copying up the first of those that lie in RAM, while what was copied before computes. Never the second
-        before it, which would take the slot that the first waits for."""
+        """Start copying up the first of those that lie in RAM, if a slot above is free; else it stays the first. In the order
+        in which they are handed out: the slot that each release frees is then there for the one whose turn is next."""
         if rising and self.lift(rising[0]):
             rising.popleft()
 

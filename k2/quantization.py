@@ -4,7 +4,7 @@
     INT4 (Thinking, K2.5)          weight_packed [O, U] int32, weight_scale [O, G] bfloat16, one per 32 inputs
 
     O, I a matrix's rows and columns · B blocks of 128 rows · G blocks of 128 columns, or groups of 32 · U words of 8
-    L place within a block or a group · N blocks of a piece · M rows sent here · C the same, filled up to what is fast
+    L place within a block or a group, or a row's bytes · N blocks of a piece · M rows sent here · C the same, filled up to what is fast
 
 Despite its name weight_scale_inv is multiplied: weight = code x scale (DeepSeek-V3, README_WEIGHTS.md). Where a matrix
 does not divide by 128 its last blocks are smaller: kv_a_proj_with_mqa has 576 rows and 5 rows of scales.
@@ -23,14 +23,14 @@ BLOCK = 128
 GROUP = 32
 NIBBLES = 8  # 4-bit values in an int32 word
 FP8_MAX = 448.0  # the largest float8_e4m3fn
-HALVES = 2.0**8  # what fp8_halves leaves out
+LEFT_OUT = 2.0**8  # the factor by which fp8_halves' numbers are too small
 FEW = 16  # rows of x from which widening the weights is worth its time
 PIECE = 2**20  # weights that a CPU widens at a time, at most: 2 MiB of float16
 LARGE_PIECE = 2**24  # the same for a GPU, which takes longer to be asked than to widen fewer
 
 
 def fp8_halves(code_OI):
-    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see HALVES. A NaN comes out as 480.
+    """float8_e4m3fn codes as float16, exactly, 2^8 times too small: see LEFT_OUT. A NaN comes out as 480.
 
     On the CPU torch's own cast takes codes one by one, at half a gigabyte a second and less. Shifted by 7 bits an e4m3
     code is already a float16, sign and exponent and fraction in place, its smallest numbers too; only the exponent's
@@ -82,7 +82,7 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
         return fp8_cast(code_OI, scale_BG, dtype)
     some_nan = not finite and fp8_has_nan(code_OI)
     weight_OI = torch.empty(code_OI.shape, dtype=dtype)
-    scale_BI = by_column(scale_BG * HALVES, code_OI.shape[1])
+    scale_BI = by_column(scale_BG * LEFT_OUT, code_OI.shape[1])
     for rows in pieces(*code_OI.shape, PIECE):
         value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (len(scale_BI[blocks_of(rows)]), -1))
         weight_OI[rows] = value_NLI.mul_(scale_BI[blocks_of(rows)].unsqueeze(1)).flatten(0, 1)
@@ -92,8 +92,9 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
 
 
 def fp8_cast(code_OI, scale_BG, dtype):
-    """The same numbers by torch's own cast, which a GPU makes at the speed of its memory. Every code is a bfloat16, a NaN too; from
-    there one pass scales in float32 and rounds to `dtype`, so that 7 bytes are moved for a weight in bfloat16."""
+    """The same numbers, for scales below 2^119, by torch's own cast, which a GPU makes at the speed of its memory. Every code is a
+    bfloat16, a NaN too; from there one pass scales in float32 and rounds to `dtype`, so that 7 bytes are moved for a weight in
+    bfloat16. Without a gradient."""
     weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
     scale_BI = by_column(scale_BG.float(), code_OI.shape[1])
     for rows in pieces(*code_OI.shape, LARGE_PIECE):
@@ -110,7 +111,7 @@ def fp8_product(x_MI, code_OI, scale_BG, finite: bool = False):
     """
     wide = torch.promote_types(x_MI.dtype, torch.float32)
     x_CI = F.pad(x_MI.to(wide).contiguous(), (0, 0, 0, columns_for(len(x_MI)) - len(x_MI)))
-    x_BIC = (x_CI * by_column(scale_BG.to(wide) * HALVES, code_OI.shape[1]).unsqueeze(1)).mT
+    x_BIC = (x_CI * by_column(scale_BG.to(wide) * LEFT_OUT, code_OI.shape[1]).unsqueeze(1)).mT
     products = []
     for rows in pieces(*code_OI.shape, PIECE):
         some_NIC = x_BIC[blocks_of(rows)]
@@ -157,7 +158,7 @@ def int4_unpack(packed_OU):
 
     Not two's complement: reading it so turns small weights into large ones of the wrong sign.
     """
-    byte_OL = packed_OU.view(torch.uint8)  # a word's four, the lowest first, two inputs in each
+    byte_OL = packed_OU.contiguous().view(torch.uint8)  # a word's four, the lowest first, two inputs in each
     return (torch.stack((byte_OL & 15, byte_OL >> 4), dim=-1).view(torch.int8) - 8).flatten(-2)
 
 
@@ -167,7 +168,7 @@ def nibble_shifts(device):
 
 
 def int4_dequantize(packed_OU, scale_OG, dtype=torch.float32):
-    """integer x the scale of its group of 32 inputs, in float32, then rounded once to `dtype`; (O, I)."""
+    """integer x the scale of its group of 32 inputs, in float32, then rounded once to `dtype`; (O, I). Without a gradient."""
     value_OGL = int4_unpack(packed_OU).unflatten(-1, (-1, GROUP))
     weight_OGL = torch.empty(value_OGL.shape, dtype=dtype, device=packed_OU.device)
     return torch.mul(value_OGL, scale_OG.float().unsqueeze(-1), out=weight_OGL).flatten(-2)
@@ -195,19 +196,19 @@ class FP8Linear(nn.Module):
         self.finite = finite  # whether no code is NaN; known once they have been looked at
 
     def forward(self, x_MI):
-        return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype, self.has_no_nan()))
-
-    def has_no_nan(self) -> bool:
-        """Whether every code is a number; they are looked at once."""
-        if self.finite is None:
-            self.finite = not fp8_has_nan(self.weight)
-        return self.finite
+        return F.linear(x_MI, fp8_dequantize(self.weight, self.weight_scale_inv, x_MI.dtype, bool(self.finite)))
 
 
 class FP8CodesLinear(FP8Linear):
     """The same for a CPU, where few rows of x meet the codes themselves."""
 
     dequantize = staticmethod(fp8_dequantize)  # compiled.py has another
+
+    def has_no_nan(self) -> bool:
+        """Whether every code is a number; they are looked at once."""
+        if self.finite is None:
+            self.finite = not fp8_has_nan(self.weight)
+        return self.finite
 
     def forward(self, x_MI):
         """x W^T, (..., M, I) -> (..., M, O)."""

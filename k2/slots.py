@@ -18,6 +18,7 @@ from .config import K2Error
 from .expert import Expert
 from .reading import Key
 
+QUEUES = ("cuda",)  # kinds of devices that copy behind the program's back
 SMALL = ("_scale_inv", "_shape")  # an expert's tensors that lie far from its weights in the file, and are kept once read
 
 
@@ -101,10 +102,10 @@ class Bus:
     while others compute. On a CPU, which stands in for a device in the tests, it is two copies."""
 
     def __init__(self, size: int, device: torch.device, rooms: int = 3):
-        on_gpu = device.type != "cpu"
-        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(rooms)]
+        queues = device.type in QUEUES
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=queues) for _ in range(rooms)]
         self.left: list = [None] * rooms  # when each room's last load had left it
-        self.stream, self.turn = torch.cuda.Stream(device) if on_gpu else None, 0
+        self.device, self.stream, self.turn = device, torch.cuda.Stream(device) if queues else None, 0
 
     def carry(self, source, target):
         """Start a copy; what `arrived` waits for. The target may still be read by what was started before."""
@@ -115,7 +116,7 @@ class Bus:
         if not self.stream:
             target.copy_(self.pinned[turn])
             return None
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(self.pinned[turn], non_blocking=True)
             self.left[turn] = self.stream.record_event()
@@ -124,7 +125,7 @@ class Bus:
     def arrived(self, event):
         """Let what is started from now on wait for a copy."""
         if event:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self.device).wait_event(event)
 
 
 # ---- how large a slot is ----

@@ -12,6 +12,7 @@ found as JSON, for tests/test_pretended_gpu.py.
 
 import contextlib
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from k2.kv_cache import LatentCache  # noqa: E402
 from k2.offload import load, store_of, weight_bytes  # noqa: E402
 
 GPU, MOVES = "pretended", ("_to_copy", "copy_", "to")
+ALONE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "pow", "where", "masked_fill_", "masked_fill", "bitwise_and_", "fill_"}  # a number may come from the CPU
 
 
 class There(torch.Tensor):
@@ -58,6 +60,7 @@ class PretendedGPU(TorchDispatchMode):
 
 
 moved = {"bytes": 0, "operations": 0}  # on the GPU, by all that is not a view
+pinned, dice = set(), random.Random(0)  # addresses of pinned memory; which copies come early
 
 
 def each(found, change):
@@ -84,8 +87,9 @@ def run(func, args, kwargs):
 
     here, named = each(args, as_here), each(kwargs, as_here)
     name, there = func.overloadpacket.__name__, [x for x in tensors if isinstance(x, There)]
-    assert name in MOVES or not there or all(isinstance(x, There) or x.ndim == 0 for x in tensors), f"{func} mixes devices"
+    assert name in MOVES or not there or all(isinstance(x, There) or x.ndim == 0 and name in ALONE for x in tensors), f"{func} mixes devices"
     if LateStream.active and name == "copy_":
+        assert here[1].data_ptr() in pinned and named | dict(zip(("non_blocking",), here[2:])) == {"non_blocking": True}, "a copy that the program would wait for"
         LateStream.active.later(lambda: func(*here, **named))
         return args[0]
     made = func(*here, **named)
@@ -116,13 +120,16 @@ class LateStream:
 
     def wait_stream(self, other):
         """Its next copy starts behind what the other was given before."""
+        assert isinstance(other, Current), "a copy that waits for no products"
         self.behind = True
 
     def later(self, action):
-        """Keep a copy."""
+        """Keep a copy; some come at once, as on a GPU that has nothing else to do."""
         assert self.behind, "a copy that does not wait for the products that may still read its target"
         self.work.append(action)
         self.behind = False
+        if dice.random() < 0.3:
+            self.catch_up(len(self.work))
 
     def record_event(self):
         """An event behind what was given so far."""
@@ -148,7 +155,10 @@ class LateEvent:
 
 
 class Current:
-    """torch.cuda.current_stream(): its work is done at once, so that waiting for an event is doing what lies before it."""
+    """torch.cuda.current_stream(device): its work is done at once, so that waiting for an event is doing what lies before it."""
+
+    def __init__(self, device):
+        assert torch.device(device).type == GPU
 
     def wait_event(self, event: LateEvent):
         """Let what comes now come behind the event."""
@@ -168,8 +178,15 @@ def on_stream(stream: LateStream):
 def pretend():
     """Register the device, and put the late streams where torch's are."""
     backend_registration._setup_privateuseone_for_python_backend(GPU)
-    plain = torch.empty
-    torch.empty = lambda *size, pin_memory=False, **settings: plain(*size, **settings)
+    slots.QUEUES, plain = (GPU,), torch.empty
+
+    def empty(*size, pin_memory=False, **settings):
+        made = plain(*size, **settings)
+        if pin_memory:
+            pinned.add(made.data_ptr())
+        return made
+
+    torch.empty = empty
     torch.cuda.Stream, torch.cuda.current_stream, torch.cuda.stream = LateStream, Current, on_stream
 
 
@@ -270,7 +287,13 @@ def room_taken_too_early():
 
 def target_taken_too_early():
     """An expert's slot gets the next one's bytes while products with it may still run."""
-    LateStream.wait_stream = lambda self, other: None
+    plain = slots.Bus.carry
+
+    def carry(self, source, target):
+        self.stream.wait_stream = lambda other: None  # as if it were not asked
+        return plain(self, source, target)
+
+    slots.Bus.carry = carry
 
 
 def two_devices():

@@ -92,14 +92,14 @@ def test_an_expert_above_needs_no_slot_below(fp8):
     assert store.statistics.misses == 5 and store.statistics.hits == 10
 
 
-def test_while_an_expert_computes_the_one_after_the_next_is_on_its_way_up(fp8):
+def test_two_experts_rise_before_any_computes_and_one_behind_each_that_has(fp8):
     _, store = with_slots(fp8, 22, upper=9)
     list(store.fetch(1, list(range(8))))  # read, and lifted
     list(store.fetch(2, list(range(9))))  # in the slots above now, in place of the others
     lifted, before = [], store.statistics.lifted
     for _, _ in store.fetch(1, list(range(8))):
         lifted.append(store.statistics.lifted - before)
-    assert lifted == [2, 3, 4, 5, 6, 7, 8, 8], "two ahead, then one more for each that has computed"
+    assert lifted == [2, 3, 4, 5, 6, 7, 8, 8], "two, then one more for each that has computed"
     assert not store.crossing and not store.ram.held and not store.upper.held
 
 

@@ -95,7 +95,7 @@ def test_dequantisation_is_the_plain_double_loop_bit_for_bit(rows, columns):
     assert_same(fp8_dequantize(codes, scales, torch.bfloat16), expected.bfloat16(), "bfloat16, rounded once")
 
 
-@pytest.mark.parametrize("large", [2**24, 2**14])
+@pytest.mark.parametrize("large", [2**24, 2**16, 2**14])
 @pytest.mark.parametrize("rows, columns", [*RAGGED, (576, 200)])
 def test_what_a_gpu_takes_gives_the_same_numbers(rows, columns, large, monkeypatch):
     monkeypatch.setattr(quantization, "LARGE_PIECE", large)  # a GPU's in one go, or smaller than some of these matrices
@@ -266,7 +266,7 @@ def test_int4_linear_is_f_linear_with_the_dequantised_matrix(dtype):
 def test_few_rows_meet_the_codes_and_get_the_dequantised_product(rows, columns, dtype, limit):
     codes, scales = codes_and_scales(rows, columns)
     exact = codes.double() * scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    for piece in (1, 50 * columns, quantization.PIECE):  # a row at a time, a part of a block, a block
+    for piece in (1, 50 * columns, 2 * 128 * columns, quantization.PIECE):  # a row at a time, a part of a block, two blocks, all of them
         for count in (1, 3, quantization.FEW - 1):
             x = normal(count, columns, seed=count).to(dtype)
             with mock.patch.object(quantization, "PIECE", piece):
@@ -322,7 +322,6 @@ def test_pieces_are_all_rows_once_and_whole_blocks_or_parts_of_one(rows, columns
 
 @pytest.mark.parametrize("piece", [1, 130 * 50, 130 * 128, 130 * 256, 2**24])
 def test_dequantisation_in_pieces_of_any_size_is_the_same(piece, monkeypatch):
-    """One of several blocks is what a GPU is asked for."""
     codes, scales = codes_and_scales(300, 130)
     monkeypatch.setattr(quantization, "PIECE", piece)
     widened, real = [], fp8_halves

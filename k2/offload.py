@@ -1,6 +1,6 @@
 """The expert store: room for some experts, all of them in reach.
 
-A token of K2 asks for 480 of 23,040 experts, 21 GB of FP8. Nobody's memory holds all 1,015 GB; every disk does. So the
+A token of K2 asks for 480 of 23,040 experts, 21 GB of FP8. Nobody's memory holds all 1,015 GB; many a disk does. So the
 experts stay in the shards, and a fixed number of slots in memory holds those that were used last.
 
     slot      room for one expert's bytes, exactly as stored (k2/slots.py)
@@ -74,8 +74,8 @@ class ExpertStore:
     """All routed experts of a checkpoint, as many of them in memory as `ram` bytes hold.
 
     With `device_memory` there is a second tier of so many bytes on `device`, where the experts then compute: an expert
-    that is in RAM and not there is copied up, and stays in RAM too until it is evicted. The order of copies and of the
-    products that use them is the device's own queue, so that no slot is overwritten while it is read. With `dtype` the
+    that is in RAM and not there is copied up, and stays in RAM too until it is evicted. Copies wait for the products that
+    were started before, and products for the copy that they need (slots.Bus), so no slot is overwritten while it is read. With `dtype` the
     experts compute in it, else in the checkpoint's own; a `compiler` gives them their compiled form.
     """
 

@@ -92,7 +92,7 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
 
 
 def fp8_cast(code_OI, scale_BG, dtype):
-    """The same numbers, for scales below 2^119, by torch's own cast, which a GPU makes at the speed of its memory. Every code is a
+    """The same numbers, for scales below 2^119, by torch's own cast, which on a GPU should be bound by its memory alone. Every code is a
     bfloat16, a NaN too; from there one pass scales in float32 and rounds to `dtype`, so that 7 bytes are moved for a weight in
     bfloat16. Without a gradient."""
     weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)

@@ -1,6 +1,6 @@
 """Rooms for experts, in RAM and on a device, and the way from one to the other.
 
-    slot      one expert's bytes, exactly as stored, in one preallocated arena; its tensors are views into it
+    slot      one expert's bytes, exactly as stored, preallocated, in RAM all in one arena; its tensors are views into it
     hold      while an expert is in use, or its bytes are on the way, nobody else gets its slot
     evict     the expert that was not used for longest and is not held makes room
 

@@ -68,7 +68,7 @@ FIRST = {
     "FP8 scales transposed": (DENSE, "fp8"),
     "ragged last block misread: columns shared out evenly": ("model.layers.0.self_attn.q_a_proj", "fp8"),
     "ragged last block misread: rows shared out evenly": ("model.layers.0.self_attn.o_proj", "fp8"),
-    "few rows: every block of rows scaled as the first": ("model.layers.0.self_attn.o_proj", "wide at rest"),
+    "few rows: every piece of blocks scaled as the first": ("model.layers.0.self_attn.o_proj", "wide at rest"),
     "INT4 nibbles read as two's complement": (f"{MIXTURE}.experts.0", "int4"),
     "INT4: the kernel given the words as they are stored": (f"{MIXTURE}.experts.0", "int4 at rest"),
 }  # fmt: skip

@@ -618,6 +618,8 @@ def run_bench(options):
         raise K2Error("--rows: goes with --products; found it without. Add --products, or leave it out.")
     if options.layers is not None and options.layers < 1 or options.context and min(options.context) < 0:
         raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
+    if options.profile and (options.directory is None or len(options.ram) > 1):
+        raise K2Error(f"bench --profile: found {options.directory or 'no checkpoint'}, --ram {' '.join(map(str, options.ram)) if options.ram[0] else 'not given'}; expected one checkpoint and one size at most. Name the folder, and one budget.")
     if options.child:
         engine, directory, *counts = options.child
         if engine in speed.ENGINES:

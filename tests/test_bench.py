@@ -74,6 +74,12 @@ def test_a_profile_shows_where_a_tokens_time_goes(directory, capfd, ram):
     assert said.startswith("a decoded token: ") and "waiting for the disk" in said and len(said.splitlines()) == 2 + 12
 
 
+@pytest.mark.parametrize("asked", [[], ["DIR", "--ram", "1GB", "2GB"]])
+def test_a_profile_is_of_one_checkpoint_at_one_budget(directory, capsys, asked):
+    assert main(["bench", "--profile", *[str(directory) if word == "DIR" else word for word in asked]]) == 2
+    assert "expected one checkpoint and one size at most" in capsys.readouterr().err
+
+
 def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, capsys):
     assert main(["bench", str(directory), "--new", "0"]) == 2
     assert main(["bench", str(tmp_path / "new"), "--write", "huge"]) == 2

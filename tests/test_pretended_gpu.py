@@ -4,8 +4,10 @@ tests/pretended_gpu.py is the GPU. It runs as a program of its own, for some sec
 """
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def running(folder):
+    """All of the programs below, by format and mistake, as many at a time as there are cores."""
+    asked = [*((form,) for form in FORMATS), *(("bf16", mistake) for mistake in MISTAKES)]
+    with ThreadPoolExecutor(os.cpu_count()) as cores:
+        yield {(form, *mistake): cores.submit(on_the_gpu, folder / form, *mistake) for form, *mistake in asked}
+
+
 @pytest.fixture(scope="module", params=FORMATS)
-def both(request, folder):
+def both(request, folder, running):
     """What the pretended GPU says of a checkpoint, and what the CPU says in float32."""
-    done = on_the_gpu(folder / request.param)
+    done = running[request.param,].result()
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout), answers(checkpoint.load(folder / request.param, dtype=torch.float32))
 
@@ -82,8 +92,8 @@ SEEN = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_seen(folder, mistake):
-    done = on_the_gpu(folder / "bf16", mistake)
+def test_a_planted_mistake_is_seen(running, mistake):
+    done = running["bf16", mistake].result()
     if done.returncode == 0:
         found = json.loads(done.stdout)["stored"]
         assert {**found["RAM"], "lifted": 0} != found["resident"], "it changes nothing"

@@ -606,11 +606,8 @@ def add_bench(commands):
     sub.set_defaults(run=run_bench)
 
 
-def run_bench(options):
-    """The table, the comparison, or one measurement of either."""
-    from . import bench, beside, mask_bench, product_bench, synthetic
-    from .training import speed
-
+def check_bench(options):
+    """Refuse what cannot be measured, before any work."""
     for name in ("rounds", "prompt", "new", "rows"):
         if getattr(options, name) < 1:
             raise K2Error(f"--{name}: found {getattr(options, name)}; expected 1 or more.")
@@ -620,6 +617,16 @@ def run_bench(options):
         raise K2Error(f"--layers, --context: found {options.layers}, {options.context}; expected layers from 1 and lengths from 0.")
     if options.profile and (options.directory is None or len(options.ram) > 1):
         raise K2Error(f"bench --profile: found {options.directory or 'no checkpoint'}, --ram {' '.join(map(str, options.ram)) if options.ram[0] else 'not given'}; expected one checkpoint and one size at most. Name the folder, and one budget.")
+    if options.profile and options.device != "cpu":
+        raise K2Error(f"bench --profile: found --device {options.device}; expected cpu, since it watches when the CPU asks for an operation, and a GPU works behind its back. Leave --device out.")
+
+
+def run_bench(options):
+    """The table, the comparison, or one measurement of either."""
+    from . import bench, beside, mask_bench, product_bench, synthetic
+    from .training import speed
+
+    check_bench(options)
     if options.child:
         engine, directory, *counts = options.child
         if engine in speed.ENGINES:

@@ -83,13 +83,11 @@ def with_shares(run: dict, ceilings: dict[str, float]) -> dict:
 def alone(directory, settings: dict) -> dict:
     """Load, prefill twice and decode once in this process; seconds, rates, and what moved."""
     before, started = peak_megabytes(), time.perf_counter()
-    model = load(directory, settings["device"], DTYPES[settings["dtype"]], settings["gpu_memory"], settings["ram"], compiled=settings["compiled"])
+    model, ids = loaded_with_prompt(directory, settings)
     loaded, store = time.perf_counter() - started, store_of(model)
-    ids = torch.randint(0, min(4096, model.config.vocab_size), (settings["prompt"],), generator=torch.Generator().manual_seed(1)).tolist()
     first, _, _, _ = timed_prefill(model, ids, store)
     again, read, cache, i = timed_prefill(model, ids, store)
-    for _ in range(WARM_UP):
-        i = int(decode(model, i, cache).argmax())
+    i = warmed_up(model, i, cache)
     moved, started = moved_by(store), time.perf_counter()
     for _ in range(settings["new"]):
         i = int(decode(model, i, cache).argmax())
@@ -102,6 +100,19 @@ def alone(directory, settings: dict) -> dict:
             "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
             "active_bytes": active_bytes(directory, settings), "before": before, "peak": peak_megabytes(), "slots": len(store.ram.rooms) if store else 0,
             "gpu_peak": torch.cuda.max_memory_allocated() / 1e6 if settings["device"] == "cuda" else 0.0, "last_id": i}  # fmt: skip
+
+
+def loaded_with_prompt(directory, settings: dict):
+    """(the model, the ids of a random prompt that is the same each time)."""
+    model = load(directory, settings["device"], DTYPES[settings["dtype"]], settings["gpu_memory"], settings["ram"], compiled=settings["compiled"])
+    return model, torch.randint(0, min(4096, model.config.vocab_size), (settings["prompt"],), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def warmed_up(model, i: int, cache: LatentCache) -> int:
+    """The id behind the first few tokens, which no clock counts."""
+    for _ in range(WARM_UP):
+        i = int(decode(model, i, cache).argmax())
+    return i
 
 
 def long_context(directory, lengths: list[int], dtype: str) -> list[dict]:
@@ -153,11 +164,9 @@ def context_table(rows: list[dict]) -> str:
 def profile(directory, settings: dict) -> dict:
     """Where the time of a decoded token goes, in this process: {seconds, in operations, waited for the disk, rows}, a row being an
     operation of torch and its seconds and calls a token, without those that it calls itself. Watching costs some time too."""
-    model = load(directory, settings["device"], DTYPES[settings["dtype"]], settings["gpu_memory"], settings["ram"], compiled=settings["compiled"])
-    ids = torch.randint(0, min(4096, model.config.vocab_size), (settings["prompt"],), generator=torch.Generator().manual_seed(1)).tolist()
+    model, ids = loaded_with_prompt(directory, settings)
     _, _, cache, i = timed_prefill(model, ids, store_of(model))
-    for _ in range(WARM_UP):
-        i = int(decode(model, i, cache).argmax())
+    i = warmed_up(model, i, cache)
     before = moved_by(store_of(model))["seconds_waited"]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else tells stderr when it starts and stops
     with torch.autograd.profiler.profile() as watched:

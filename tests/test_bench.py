@@ -78,6 +78,8 @@ def test_a_profile_shows_where_a_tokens_time_goes(directory, capfd, ram):
 def test_a_profile_is_of_one_checkpoint_at_one_budget(directory, capsys, asked):
     assert main(["bench", "--profile", *[str(directory) if word == "DIR" else word for word in asked]]) == 2
     assert "expected one checkpoint and one size at most" in capsys.readouterr().err
+    assert main(["bench", str(directory), "--profile", "--device", "cuda"]) == 2
+    assert "--device cuda; expected cpu" in capsys.readouterr().err
 
 
 def test_numbers_below_one_and_unknown_presets_are_refused(directory, tmp_path, capsys):

@@ -84,8 +84,9 @@ def fp8_dequantize(code_OI, scale_BG, dtype=torch.float32, finite: bool = False)
     weight_OI = torch.empty(code_OI.shape, dtype=dtype)
     scale_BI = by_column(scale_BG * LEFT_OUT, code_OI.shape[1])
     for rows in pieces(*code_OI.shape, PIECE):
-        value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (len(scale_BI[blocks_of(rows)]), -1))
-        weight_OI[rows] = value_NLI.mul_(scale_BI[blocks_of(rows)].unsqueeze(1)).flatten(0, 1)
+        some_NI = scale_BI[blocks_of(rows)]
+        value_NLI = fp8_halves(code_OI[rows]).float().unflatten(0, (len(some_NI), -1))
+        weight_OI[rows] = value_NLI.mul_(some_NI.unsqueeze(1)).flatten(0, 1)
         if some_nan:
             weight_OI[rows].masked_fill_(fp8_is_nan(code_OI[rows]), torch.nan)
     return weight_OI
@@ -98,8 +99,9 @@ def fp8_cast(code_OI, scale_BG, dtype):
     weight_OI = torch.empty(code_OI.shape, dtype=dtype, device=code_OI.device)
     scale_BI = by_column(scale_BG.float(), code_OI.shape[1])
     for rows in pieces(*code_OI.shape, LARGE_PIECE):
-        value_NLI, weight_NLI = (x_OI.unflatten(0, (len(scale_BI[blocks_of(rows)]), -1)) for x_OI in (code_OI[rows].bfloat16(), weight_OI[rows]))
-        torch.mul(value_NLI, scale_BI[blocks_of(rows)].unsqueeze(1), out=weight_NLI)
+        some_NI = scale_BI[blocks_of(rows)]
+        value_NLI = code_OI[rows].bfloat16().unflatten(0, (len(some_NI), -1))
+        torch.mul(value_NLI, some_NI.unsqueeze(1), out=weight_OI[rows].unflatten(0, (len(some_NI), -1)))
     return weight_OI
 
 

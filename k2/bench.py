@@ -28,7 +28,7 @@ RANGES = ("prefill", "decode", "ram_share", "disk_share", "prefill_disk_share") 
 
 COLUMNS = {  # title: (key, width, format)
     "load s": ("load", 8, ".2f"), "first s": ("first", 9, ".2f"), "prefill t/s": ("prefill", 13, ".1f"), "decode t/s": ("decode", 12, ".2f"),
-    "hits": ("hits", 7, ".0%"), "GB/token": ("disk_per_token", 10, ".3f"), "wait s": ("wait", 9, ".3f"), "compute s": ("compute", 11, ".3f"),
+    "hits": ("hits", 7, ".0%"), "GB/token": ("disk_per_token", 10, ".3f"), "disk busy": ("busy", 11, ".0%"), "wait s": ("wait", 9, ".3f"), "compute s": ("compute", 11, ".3f"),
     "peak MB": ("peak", 9, ".0f"), "of RAM": ("ram_share", 8, ".0%"), "of disk": ("disk_share", 9, ".0%"), "prefill": ("prefill_disk_share", 9, ".0%"),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def alone(directory, settings: dict) -> dict:
     asked = per_token["hits"] + per_token["misses"]
     return {"ram": settings["ram"], "load": loaded, "first": loaded + first, "prefill": len(ids) / again, "prefill_disk_rate": read / again, "decode": settings["new"] / seconds,
             "hits": per_token["hits"] / asked if asked else 1.0, "disk_per_token": per_token["bytes_read"] / 1e9, "bus_per_token": per_token["bytes_lifted"] / 1e9,
-            "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
+            "busy": per_token["seconds_reading"] * settings["new"] / seconds, "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
             "active_bytes": active_bytes(directory, settings), "before": before, "peak": peak_megabytes(), "slots": len(store.ram.rooms) if store else 0,
             "gpu_peak": torch.cuda.max_memory_allocated() / 1e6 if settings["device"] == "cuda" else 0.0, "last_id": i}  # fmt: skip
 
@@ -195,9 +195,9 @@ def timed_prefill(model, ids: list[int], store):
 
 
 def moved_by(store) -> dict:
-    """A copy of a store's statistics; of none, zeros."""
+    """A copy of a store's statistics, and for how long its disk had something to read; of none, zeros."""
     names = ("hits", "misses", "bytes_read", "bytes_lifted", "seconds_waited")
-    return {name: getattr(store.statistics, name) if store else 0 for name in names}
+    return {name: getattr(store.statistics, name) if store else 0 for name in names} | {"seconds_reading": store.shards.busy.seconds if store else 0}
 
 
 def active_bytes(directory, settings: dict) -> float:

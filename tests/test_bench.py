@@ -23,9 +23,9 @@ def directory(tmp_path_factory):
 
 def test_a_measurement_counts_what_moved(directory):
     free = bench.alone(directory, {**SETTINGS, "ram": None})
-    assert free["hits"] == 1.0 and free["disk_per_token"] == 0 and free["slots"] == 0
+    assert free["hits"] == 1.0 and free["disk_per_token"] == free["busy"] == 0 and free["slots"] == 0
     tight = bench.alone(directory, {**SETTINGS, "ram": 200_000})
-    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0
+    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0 and 0 < tight["busy"] < 1
     assert tight["last_id"] == free["last_id"], "another budget, another token"
     assert all(found[key] > 0 for found in (free, tight) for key in ("load", "first", "prefill", "decode", "compute", "peak", "active_bytes"))
 
@@ -39,7 +39,7 @@ def test_active_bytes_are_all_but_the_experts_that_are_not_asked(directory):
 
 
 def test_shares_are_of_the_ceilings_of_the_run(monkeypatch, directory, capsys):
-    run = {"ram": 2_000_000_000, "load": 1.0, "first": 2.0, "prefill": 100.0, "prefill_disk_rate": 0.5e9, "decode": 4.0, "hits": 0.25, "disk_per_token": 0.2, "wait": 0.1,
+    run = {"ram": 2_000_000_000, "load": 1.0, "first": 2.0, "prefill": 100.0, "prefill_disk_rate": 0.5e9, "decode": 4.0, "hits": 0.25, "disk_per_token": 0.2, "busy": 0.9, "wait": 0.1,
            "compute": 0.15, "active_bytes": 2.5e9, "peak": 1000.0}  # fmt: skip
     monkeypatch.setattr(bench, "run_child", lambda *_: dict(run))
     rates = iter([{"ram": 10e9, "disk": 2e9}, {"ram": 20e9, "disk": 1e9}, {"ram": 5e9, "disk": 1e9}])

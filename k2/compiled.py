@@ -27,9 +27,19 @@ from .products import OneRow, takes_mv
 from .quantization import BLOCK, FP8CodesLinear, fp8_dequantize
 
 
+PART = 1024  # numbers of a matrix's row that are added up at a time: rows of K2's 7168 in one go take a fifth to a third longer
+
+
+def row_sums(weight_OI, x_I):
+    """W x, (O,), float32 like x; long rows by parts."""
+    if weight_OI.shape[1] % PART:
+        return (weight_OI.float() * x_I).sum(-1)
+    return (weight_OI.float().unflatten(-1, (-1, PART)) * x_I.unflatten(0, (-1, PART))).sum(-1).sum(-1)
+
+
 def row_product(x_MI, weight_OI):
     """x W^T for one row of x, (1, O), summed in float32."""
-    return (weight_OI.float() * x_MI[0].float()).sum(-1)[None].to(x_MI.dtype)
+    return row_sums(weight_OI, x_MI[0].float())[None].to(x_MI.dtype)
 
 
 def row_logits(x_MI, weight_OI):
@@ -39,8 +49,9 @@ def row_logits(x_MI, weight_OI):
 
 def row_expert(x_MD, gate_FD, up_FD, down_DF):
     """An expert's answer to one row, (1, D); what lies between its products stays float32."""
-    gate_F, up_F = (gate_FD.float() * x_MD[0].float()).sum(-1), (up_FD.float() * x_MD[0].float()).sum(-1)
-    return (down_DF.float() * (F.silu(gate_F) * up_F)).sum(-1)[None].to(x_MD.dtype)
+    x_D = x_MD[0].float()
+    h_F = F.silu(row_sums(gate_FD, x_D)) * row_sums(up_FD, x_D)
+    return row_sums(down_DF, h_F)[None].to(x_MD.dtype)
 
 
 def fp8_widened(code_OI):

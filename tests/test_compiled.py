@@ -10,17 +10,18 @@ from torch import nn
 import k2
 from k2 import products, quantization
 from k2.checkpoint import Checkpoint, save
-from k2.compiled import Compiled, CompiledCodes, Compiler, fp8_bfloat16_weights, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
+from k2.compiled import PART, Compiled, CompiledCodes, Compiler, fp8_bfloat16_weights, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
 from k2.offload import store_of, weight_bytes
 from k2.quantization import FP8CodesLinear, fp8_dequantize, fp8_quantize
 
 
+@pytest.mark.parametrize("D, width", [(40, 24), (2 * PART, PART)])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_written_out_products_are_the_modules(dtype, limit):
+def test_the_written_out_products_are_the_modules(dtype, limit, D, width):
     torch.manual_seed(0)
-    expert, linear = Expert(40, 24).to(dtype), nn.Linear(40, 24, bias=False).to(dtype)
-    x = numbers(1, 40).to(dtype)
+    expert, linear = Expert(D, width).to(dtype), nn.Linear(D, width, bias=False).to(dtype)
+    x = numbers(1, D).to(dtype)
     assert_close(row_product(x, linear.weight), linear(x), limit, "product")
     assert_close(row_expert(x, expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight), expert(x), limit, "expert")
 

@@ -200,6 +200,17 @@ def test_the_tokens_from_a_disk_are_the_same(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's own imports warn
+@torch.inference_mode()
+def test_what_the_compiler_makes_of_rows_in_parts_and_of_others_answers_as_the_modules_do():
+    compiler, x = Compiler(), numbers(1, 2 * PART).to(torch.bfloat16)
+    for columns in (2 * PART, PART, 300):  # the compiler leaves sizes open from the second on
+        linear, expert = nn.Linear(columns, 40, bias=False).to(torch.bfloat16), Expert(columns, PART).to(torch.bfloat16)
+        assert_close(compiler.product(x[:, :columns], linear.weight), linear(x[:, :columns]), 2e-2, f"{columns} columns")
+        assert_close(compiler.expert(x[:, :columns], *(part.weight for part in expert.children())), expert(x[:, :columns]), 2e-2, f"expert of {columns}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own imports warn
 def test_the_tokens_are_the_same():
     from k2.__main__ import MINI
 

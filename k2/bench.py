@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from .ceilings import bus_bandwidth, device_bandwidth, disk_bandwidth, peak_megabytes, ram_bandwidth
+from .ceilings import bus_bandwidth, device_bandwidth, disk_bandwidth, disk_busy, peak_megabytes, ram_bandwidth
 from .checkpoint import DTYPES, Checkpoint
 from .config import K2Error
 from .generation import chunk_size, decode, prefill
@@ -88,16 +88,16 @@ def alone(directory, settings: dict) -> dict:
     first, _, _, _ = timed_prefill(model, ids, store)
     again, read, cache, i = timed_prefill(model, ids, store)
     i = warmed_up(model, i, cache)
-    moved, started = moved_by(store), time.perf_counter()
+    moved, busy, started = moved_by(store), disk_busy(directory), time.perf_counter()
     for _ in range(settings["new"]):
         i = int(decode(model, i, cache).argmax())
     seconds = time.perf_counter() - started
-    now = moved_by(store)
+    now, busy = moved_by(store), disk_busy(directory) - busy
     per_token = {key: (now[key] - moved[key]) / settings["new"] for key in now}
     asked = per_token["hits"] + per_token["misses"]
     return {"ram": settings["ram"], "load": loaded, "first": loaded + first, "prefill": len(ids) / again, "prefill_disk_rate": read / again, "decode": settings["new"] / seconds,
             "hits": per_token["hits"] / asked if asked else 1.0, "disk_per_token": per_token["bytes_read"] / 1e9, "bus_per_token": per_token["bytes_lifted"] / 1e9,
-            "busy": per_token["seconds_reading"] * settings["new"] / seconds, "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
+            "busy": busy / seconds, "wait": per_token["seconds_waited"], "compute": seconds / settings["new"] - per_token["seconds_waited"],
             "active_bytes": active_bytes(directory, settings), "before": before, "peak": peak_megabytes(), "slots": len(store.ram.rooms) if store else 0,
             "gpu_peak": torch.cuda.max_memory_allocated() / 1e6 if settings["device"] == "cuda" else 0.0, "last_id": i}  # fmt: skip
 
@@ -195,9 +195,9 @@ def timed_prefill(model, ids: list[int], store):
 
 
 def moved_by(store) -> dict:
-    """A copy of a store's statistics, and for how long its disk had something to read; of none, zeros."""
+    """A copy of a store's statistics; of none, zeros."""
     names = ("hits", "misses", "bytes_read", "bytes_lifted", "seconds_waited")
-    return {name: getattr(store.statistics, name) if store else 0 for name in names} | {"seconds_reading": store.shards.busy.seconds if store else 0}
+    return {name: getattr(store.statistics, name) if store else 0 for name in names}
 
 
 def active_bytes(directory, settings: dict) -> float:

@@ -31,7 +31,7 @@ PART = 1024  # numbers of a matrix's row that are added up at a time: rows of K2
 
 
 def row_sums(weight_OI, x_I):
-    """W x, (O,), float32 like x; long rows by parts."""
+    """W x, (O,), float32 like x; rows of whole parts, as most of K2's are, part by part."""
     if weight_OI.shape[1] % PART:
         return (weight_OI.float() * x_I).sum(-1)
     return (weight_OI.float().unflatten(-1, (-1, PART)) * x_I.unflatten(0, (-1, PART))).sum(-1).sum(-1)

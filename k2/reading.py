@@ -10,8 +10,6 @@ a span of its own.
 """
 
 import os
-import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -96,23 +94,6 @@ def tensor_at(room, place: Place) -> torch.Tensor:
     return raw.view(place.dtype).view(place.shape)
 
 
-class Stopwatch:
-    """For how many seconds somebody was at work, however many at once: enter it to begin."""
-
-    def __init__(self):
-        self.lock, self.at_work, self.since, self.seconds = threading.Lock(), 0, 0.0, 0.0
-
-    def __enter__(self):
-        with self.lock:
-            self.since = self.since if self.at_work else time.perf_counter()
-            self.at_work += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.at_work -= 1
-            self.seconds += 0.0 if self.at_work else time.perf_counter() - self.since
-
-
 class Shards:
     """The checkpoint's files, read past the page cache where the file system allows it, so that slots are the only cache.
 
@@ -126,7 +107,6 @@ class Shards:
         self.open = {file: open_direct(directory / file) for file in files}
         self.identity = {file: self._identity(file) for file in self.open}
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
-        self.busy = Stopwatch()  # while at least one piece was being read
 
     def _identity(self, file: str):
         status = os.fstat(self.open[file])
@@ -154,8 +134,7 @@ class Shards:
         done, wanted = 0, min(span.end, self.identity[span.file][0]) - span.begin
         while done < wanted:
             try:
-                with self.busy:
-                    count = os.preadv(self.open[span.file], [target[done:]], span.begin + done)
+                count = os.preadv(self.open[span.file], [target[done:]], span.begin + done)
             except OSError as error:
                 raise K2Error(f"{self.directory / span.file}: could not be read at {span.begin + done}: {error.strerror}. Check the disk, then fetch the shard again.") from None
             if count == 0:

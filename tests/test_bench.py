@@ -21,11 +21,13 @@ def directory(tmp_path_factory):
     return directory
 
 
-def test_a_measurement_counts_what_moved(directory):
+def test_a_measurement_counts_what_moved(directory, monkeypatch):
     free = bench.alone(directory, {**SETTINGS, "ram": None})
-    assert free["hits"] == 1.0 and free["disk_per_token"] == free["busy"] == 0 and free["slots"] == 0
+    assert free["hits"] == 1.0 and free["disk_per_token"] == 0 and free["slots"] == 0
+    looks = iter([2.0, 3.0])
+    monkeypatch.setattr(bench, "disk_busy", lambda path: next(looks))
     tight = bench.alone(directory, {**SETTINGS, "ram": 200_000})
-    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0 and 0 < tight["busy"] < 1
+    assert 0 < tight["slots"] < 22 and tight["hits"] < 1 and tight["disk_per_token"] > 0 and tight["busy"] == pytest.approx(tight["decode"] / SETTINGS["new"]), "a second of all"
     assert tight["last_id"] == free["last_id"], "another budget, another token"
     assert all(found[key] > 0 for found in (free, tight) for key in ("load", "first", "prefill", "decode", "compute", "peak", "active_bytes"))
 

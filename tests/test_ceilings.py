@@ -42,6 +42,17 @@ def test_memory_and_bus_are_read_at_some_rate():
     assert ceilings.ram_bandwidth(size) > 0 and ceilings.bus_bandwidth(torch.device("cpu"), size) > 0 and ceilings.device_bandwidth(torch.device("cpu"), size) > 0
 
 
+def test_how_long_a_disk_was_busy_is_the_systems_count(tmp_path, monkeypatch):
+    (tmp_path / "stat").write_text("  7 0 56 3 0 0 0 0 0 1672460 9003151 0 0 0 0 0 0\n")
+    asked = []
+    monkeypatch.setattr(ceilings, "Path", lambda name: asked.append(name) or tmp_path / "stat")
+    assert ceilings.disk_busy(tmp_path) == 1672.46
+    device = os.stat(tmp_path).st_dev
+    assert asked == [f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"]
+    (tmp_path / "stat").unlink()
+    assert ceilings.disk_busy(tmp_path) == 0, "no block device"
+
+
 def test_a_file_system_without_direct_reads_is_read_plainly(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"abc")
     plain = os.open

@@ -9,7 +9,7 @@ from small import random_model, small_config
 from k2 import reading
 from k2.ceilings import aligned_bytes
 from k2.checkpoint import Checkpoint, save
-from k2.reading import PIECE, Shards, Span, Stopwatch, data_start, expert_record, pieces, tensor_at
+from k2.reading import PIECE, Shards, Span, data_start, expert_record, pieces, tensor_at
 
 KEY = (1, 3)
 
@@ -80,26 +80,3 @@ def test_a_span_read_in_small_pieces_by_many_readers_is_the_same(opened, monkeyp
     monkeypatch.setattr(reading, "PIECE", 4096)
     _, parts = read_expert(opened, readers=5)
     assert all(torch.equal(parts[of].view(torch.uint8), tensor.view(torch.uint8)) for of, tensor in whole.items())
-
-
-def test_time_at_work_counts_once_however_many_work(monkeypatch):
-    clock = iter([1.0, 4.0, 10.0, 11.0])
-    monkeypatch.setattr(reading.time, "perf_counter", lambda: next(clock))
-    busy = Stopwatch()
-    with busy, busy:
-        pass
-    assert (busy.seconds, busy.at_work) == (3.0, 0)
-    with pytest.raises(OSError), busy:
-        raise OSError
-    assert (busy.seconds, busy.at_work) == (4.0, 0), "a read that failed has ended too"
-
-
-def test_the_readers_time_is_measured(opened):
-    starts = {file: data_start(opened.directory / file) for file in opened.headers}
-    record = expert_record(opened, starts, KEY)
-    shards = Shards(opened.directory, {span.file for span in record.spans})
-    assert shards.busy.seconds == 0
-    for part in shards.start(record, aligned_bytes(record.size)):
-        part.result()
-    shards.close()
-    assert shards.busy.seconds > 0 and shards.busy.at_work == 0

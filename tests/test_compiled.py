@@ -8,7 +8,7 @@ from small import assert_close, assert_same, numbers, random_ids, random_model, 
 from torch import nn
 
 import k2
-from k2 import products, quantization
+from k2 import compiled, products, quantization
 from k2.checkpoint import Checkpoint, save
 from k2.compiled import PART, Compiled, CompiledCodes, Compiler, fp8_bfloat16_weights, fp8_row, fp8_row_expert, fp8_weights, fp8_widened, row_expert, row_product, with_compiled_products
 from k2.expert import Expert
@@ -166,8 +166,9 @@ def test_fp8_whose_columns_are_no_whole_blocks_goes_the_plain_way(uncompiled):
     assert isinstance(Compiler().form_of(fp8_linear(128, 200, 1)), FP8CodesLinear)
 
 
-@pytest.mark.parametrize("format", ["fp8", "bf16"])
-def test_experts_that_come_from_a_disk_are_compiled_too_and_every_budget_gives_the_same_bits(uncompiled, tmp_path, format):
+@pytest.mark.parametrize("format, part", [("fp8", PART), ("bf16", PART), ("bf16", 32)])
+def test_experts_that_come_from_a_disk_are_compiled_too_and_every_budget_gives_the_same_bits(uncompiled, monkeypatch, tmp_path, format, part):
+    monkeypatch.setattr(compiled, "PART", part)
     config = small_config(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3)
     save(random_model(config), tmp_path / "model", format=format)
     ids, plain = random_ids(config, 6), k2.load(tmp_path / "model", dtype=None)

@@ -590,7 +590,7 @@ def add_bench(commands):
     sub.add_argument("--new", type=int, default=32, metavar="N", help="tokens decoded (default: 32)")
     sub.add_argument("--rounds", type=int, default=3, metavar="N")
     sub.add_argument("--json", action="store_true", help="all figures as JSON instead of a table")
-    sub.add_argument("--profile", action="store_true", help="where the time of a decoded token goes instead, by operation")
+    sub.add_argument("--profile", action="store_true", help="where the time of a decoded token goes instead, by operation; what it saw of each token stays in memory until the end, so where that is short give a small --new")
     sub.add_argument("--beside", action="store_true", help="DIR in turn with transformers instead")
     sub.add_argument("--train", action="store_true", help="training steps instead: this optimizer beside transformers with AdamW")
     sub.add_argument("--write", metavar="PRESET", help="write a checkpoint of random weights to DIR: mid, big, or slice, which has K2's own widths")
